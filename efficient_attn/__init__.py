@@ -1,0 +1,1 @@
+"""Sequence mixers, models, tasks and the one functional train loop."""
