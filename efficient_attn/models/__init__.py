@@ -1,0 +1,33 @@
+"""Models: a trunk of blocks under the head that a task asks for."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from efficient_attn.arguments import ConfigError, check_arguments, lookup
+from efficient_attn.models.decoder import LanguageModel
+from efficient_attn.models.encoder import Classifier, Matcher
+from efficient_attn.models.trunk import mixers_by_depth
+from efficient_attn.tasks.base import Task
+
+HEADS: Mapping[str, type[nn.Module]] = {"classify": Classifier, "match": Matcher, "lm": LanguageModel}
+"""The model for each kind of task."""
+
+FROM_TASK = ("vocab_size", "num_outputs", "length")
+"""Constructor arguments that the task decides."""
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float64": jnp.float64}
+
+
+def build(model: Mapping[str, Any], task: Task) -> nn.Module:
+    """The module `config.model` describes for this task. Raises `ConfigError`."""
+    arguments = dict(model)
+    dtype = lookup(DTYPES, arguments.pop("dtype", "float32"), "model.dtype")
+    from_task = {field: getattr(task, field) for field in FROM_TASK}
+    check_arguments(HEADS[task.head], {**arguments, **from_task}, "model")
+    mixers = mixers_by_depth(arguments["mixer"], arguments["depth"])
+    if task.head == "lm" and not all(m.get("causal") for m in mixers):
+        raise ConfigError("a language model needs causal mixers: set causal=True in model.mixer")
+    return HEADS[task.head](**arguments, **from_task, dtype=dtype)

@@ -1,0 +1,1 @@
+"""Experiments: one file a task or a published table, each a `get_config(recipe)`."""

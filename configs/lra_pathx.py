@@ -1,0 +1,31 @@
+"""Path-X of Long Range Arena (Tay et al. 2020): Pathfinder at 128 x 128 pixels, a sequence of 16,384.
+
+    python train.py --config=configs/lra_pathx.py
+    python train.py --config=configs/lra_pathx.py --config.task.num_examples=64 --config.train.batch_size=2     a small try
+
+Published test accuracy: transformer at chance (50; "FAIL" in Tay et al., table 1), s5 98.6 (Smith et al. 2023). No published
+time for s5; S4 trained Path-X on one A100.
+"""
+
+from configs.recipes import lra_transformer, s5
+from efficient_attn.config import experiment
+
+RECIPES = {
+    "s5": s5(
+        layers=6, width=128, state=256, blocks=16, C_init="complex_normal", activation="half_glu1", batch=32, epochs=75,
+        ssm_lr=0.0006, lr_factor=3, weight_decay=0.06, dropout=0.0, warmup_epochs=1, opt_config="BandCdecay", dt_min=0.0001,
+        bn_momentum=0.9,
+    ),
+    "transformer": {
+        "task": dict(as_tokens=True),
+        **lra_transformer(
+            depth=1, heads=2, width=32, qkv=16, mlp=32, batch=64, epochs=200, lr=1e-3, schedule="cosine", warmup=2_500,
+            weight_decay=0.0, pooling="mean", dropout=0.1, attention_dropout=0.1, positions="learned",
+            clip_norm=1.0,
+        ),
+    },
+}  # fmt: skip
+
+
+def get_config(recipe: str = "s5"):
+    return experiment(name="lra_pathx", task=dict(name="pathfinder", resolution=128), recipes=RECIPES, recipe=recipe)

@@ -1,0 +1,64 @@
+"""Dicts that are constructor arguments: look the constructor up, check the keys, fill in the defaults."""
+
+import dataclasses
+import difflib
+import inspect
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+INJECTED = frozenset({"parent", "name", "dtype", "function"})
+"""Constructor arguments that the code passes and no configuration may set."""
+
+
+class ConfigError(Exception):
+    """A configuration is wrong. The message names the field, what was expected, and what to do."""
+
+
+def lookup(table: Mapping[str, Any], name: Any, field: str) -> Any:
+    """`table[name]`, or a `ConfigError` that lists the table and the nearest name."""
+    if isinstance(name, str) and name in table:
+        return table[name]
+    raise ConfigError(f"{field}={name!r} is unknown{suggest(name, table)}; one of: {', '.join(sorted(table))}")
+
+
+def suggest(name: Any, known: Iterable[str]) -> str:
+    """' (did you mean ...?)', or nothing."""
+    near = difflib.get_close_matches(str(name), list(known), n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Argument:
+    """One configurable constructor argument; `default` is `inspect.Parameter.empty` where there is none."""
+
+    name: str
+    type: Any
+    default: Any
+
+
+def arguments_of(constructor: Callable) -> dict[str, Argument]:
+    """The configurable arguments of a constructor, in order."""
+    target = constructor.__init__ if inspect.isclass(constructor) else constructor
+    hints = typing.get_type_hints(constructor if inspect.isclass(constructor) else target)
+    parameters = inspect.signature(constructor).parameters.values()
+    return {p.name: Argument(p.name, hints.get(p.name, Any), p.default) for p in parameters if p.name not in INJECTED}
+
+
+def check_arguments(constructor: Callable, given: Mapping[str, Any], field: str) -> None:
+    """Raise `ConfigError` for an argument the constructor does not have, or one it needs and does not get."""
+    known = arguments_of(constructor)
+    for key in given:
+        if key not in known:
+            raise ConfigError(f"{field} has no argument {key!r}{suggest(key, known)}; it takes: {', '.join(known)}")
+    missing = [k for k, a in known.items() if a.default is inspect.Parameter.empty and k not in given]
+    if missing:
+        raise ConfigError(f"{field} needs {', '.join(missing)}")
+
+
+def is_optional(annotation: Any) -> type | None:
+    """The T of `T | None`, else None."""
+    options = typing.get_args(annotation)
+    if type(None) in options and len(options) == 2:
+        return next(o for o in options if o is not type(None))
+    return None

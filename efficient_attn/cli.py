@@ -1,0 +1,84 @@
+"""What the command lines share: flags, the default workdir, and errors as one clear line."""
+
+import pathlib
+import sys
+from collections.abc import Callable, Sequence
+
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from efficient_attn.arguments import ConfigError, suggest
+from efficient_attn.checkpoints import CheckpointError
+from efficient_attn.tasks.base import TaskError
+from efficient_attn.training import Preempted, TrainingDiverged
+from efficient_attn.workdir import WorkdirError
+
+EXIT_CODES = {ConfigError: 2, TaskError: 2, WorkdirError: 2, CheckpointError: 3, TrainingDiverged: 4, Preempted: 75}
+"""Exit status by error; 75 is sysexits' EX_TEMPFAIL: the same command continues the run."""
+
+
+def define_config() -> flags.FlagHolder:
+    """--config=FILE[:RECIPE], whose every field is a flag too: --config.model.mixer.state_dim=64."""
+    return config_flags.DEFINE_config_file("config", None, "Configuration file, and after a colon one of its recipes.")
+
+
+def default_workdir(config: ConfigDict) -> pathlib.Path:
+    return pathlib.Path("runs") / f"{config.name}-{config.recipe}-s{config.seed}"
+
+
+def run(main: Callable[[], None]) -> None:
+    """Parse flags, run `main`, and end every foreseen error with its message and a non-zero exit status."""
+
+    def guarded(_: Sequence[str]) -> None:
+        try:
+            main()
+        except tuple(EXIT_CODES) as error:
+            _fail(f"{error}", EXIT_CODES[type(error)])
+
+    logging.set_verbosity(logging.WARNING)
+    logging.use_absl_handler()
+    app.run(guarded, flags_parser=parse_flags)
+
+
+def parse_flags(argv: Sequence[str]) -> list[str]:
+    """absl's parser; what is wrong with a flag, a configuration file or an override comes as one line."""
+    try:
+        left = flags.FLAGS(argv)
+    except ConfigError as error:
+        _fail(str(error), EXIT_CODES[ConfigError])
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError) as error:
+        _fail(_explain(error), EXIT_CODES[ConfigError])
+    if len(left) > 1:
+        _fail(f"unexpected argument {left[1]!r}; write overrides as --config.FIELD=VALUE", EXIT_CODES[ConfigError])
+    return left
+
+
+def _explain(error: Exception) -> str:
+    """The error in a line. A field that the configuration lacks gets the nearest one that it has."""
+    text = str(error.args[0] if error.args else error).split("\n")[0]
+    flag = next((a.split("=")[0].removeprefix("--config.") for a in sys.argv if a.startswith("--config.")), None)
+    if isinstance(error, AttributeError | KeyError) and flag:
+        return f"{text}{suggest_field(flag)}"
+    return text
+
+
+def suggest_field(path: str) -> str:
+    """' (did you mean ...?)' for a misspelt dotted field of the configuration that was loaded."""
+    try:
+        config = flags.FLAGS["config"].value
+    except KeyError:
+        return ""
+    return suggest(path, _fields(config)) if isinstance(config, ConfigDict) else ""
+
+
+def _fields(config: ConfigDict, prefix: str = "") -> list[str]:
+    found = []
+    for key in config:
+        value = config.get_oneway_ref(key).get() if not isinstance(config[key], ConfigDict) else config[key]
+        found += _fields(value, f"{prefix}{key}.") if isinstance(value, ConfigDict) else [f"{prefix}{key}"]
+    return found
+
+
+def _fail(message: str, status: int) -> None:
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(status)

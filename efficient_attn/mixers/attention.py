@@ -1,0 +1,105 @@
+"""Multi-head attention around any function of queries, keys and values."""
+
+from collections.abc import Callable, Mapping
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.core import FrozenDict
+from flax.typing import Dtype
+from jaxtyping import Array, Float, Int
+
+from efficient_attn.mixers.context import Context
+from efficient_attn.positions import ROTATIONS
+from kernels.attention import Dropout, attend, masks
+
+AttentionFunction = Callable[..., Float[Array, "B L H Dv"]]
+
+
+def softmax(q, k, v, *, mask, segment_ids=None, q_positions=None, kv_positions=None, dropout=None):
+    """Exact softmax attention (Vaswani et al. 2017, eq. 1), computed by whatever implementation suits the platform."""
+    return attend(
+        q, k, v, mask=mask, segment_ids=segment_ids, q_positions=q_positions, kv_positions=kv_positions, dropout=dropout
+    )  # fmt: skip
+
+
+class Attention(nn.Module):
+    """Multi-head attention (Vaswani et al. 2017, section 3.2.2), grouped-query where `num_kv_heads` < `num_heads`.
+
+    num_heads: H query heads.
+    num_kv_heads: G key/value heads, a divisor of H (Ainslie et al. 2023); None means H.
+    head_dim: D; None means E / H.
+    causal: position i attends only positions <= i.
+    rotation: what is done to queries and keys, by name from `positions.ROTATIONS`.
+    dropout: rate on attention weights while training.
+    use_bias: biases on the four projections.
+    function: the mechanism, chosen by the entry in `MIXERS`.
+    """
+
+    num_heads: int = 4
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    causal: bool = False
+    rotation: Mapping = FrozenDict(name="none")
+    dropout: float = 0.0
+    use_bias: bool = True
+    function: AttentionFunction = softmax
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B L E"], ctx: Context) -> Float[Array, "B L E"]:
+        heads, kv_heads, head_dim = self._sizes(x.shape[-1])
+        q = self._dense((heads, head_dim), "query")(x)
+        k = self._dense((kv_heads, head_dim), "key")(x)
+        v = self._dense((kv_heads, head_dim), "value")(x)
+        positions = ctx.positions_or_default(*x.shape[:2])
+        dropout = Dropout(self.dropout, self.make_rng("dropout")) if ctx.train and self.dropout else None
+        mask = masks.Causal() if self.causal else masks.Full()
+        if ctx.decode:
+            out = self._decode(q, k, v, mask)
+        else:
+            q, k = self._rotate(q, positions), self._rotate(k, positions)
+            out = self.function(q, k, v, mask=mask, segment_ids=ctx.groups(), dropout=dropout)
+        return self._dense(x.shape[-1], "out", axis=(-2, -1))(out)
+
+    def _sizes(self, width: int) -> tuple[int, int, int]:
+        kv_heads = self.num_kv_heads or self.num_heads
+        if self.num_heads % kv_heads:
+            raise ValueError(f"num_heads={self.num_heads} must be a multiple of num_kv_heads={kv_heads}")
+        if self.head_dim is None and width % self.num_heads:
+            raise ValueError(f"width {width} is not divisible by num_heads={self.num_heads}; set head_dim")
+        return self.num_heads, kv_heads, self.head_dim or width // self.num_heads
+
+    def _dense(self, features, name: str, axis=-1) -> nn.DenseGeneral:
+        init = nn.initializers.xavier_uniform()
+        return nn.DenseGeneral(
+            features, axis=axis, use_bias=self.use_bias, dtype=self.dtype, kernel_init=init, name=name
+        )
+
+    def _rotate(self, x: Float[Array, "B L H D"], positions: Int[Array, "B L"]) -> Float[Array, "B L H D"]:
+        arguments = dict(self.rotation)
+        return ROTATIONS[arguments.pop("name")](**arguments)(x, positions)
+
+    def _decode(self, q, k, v, mask):
+        """Append a chunk of keys and values to the cache and attend all of it.
+
+        Rows may stand at different positions. Slots not yet written lie after every query, so causality hides them.
+        Initialise with a full-length input: its length is the size of the cache.
+        """
+        if not self.causal:
+            raise ValueError("only causal attention decodes token by token; set causal=True")
+        is_filled = self.has_variable("cache", "key")
+        keys = self.variable("cache", "key", jnp.zeros, k.shape, k.dtype)
+        values = self.variable("cache", "value", jnp.zeros, v.shape, v.dtype)
+        index = self.variable("cache", "index", jnp.zeros, (k.shape[0],), jnp.int32)
+        if not is_filled:
+            return self.function(q, k, v, mask=mask)
+        positions = index.value[:, None] + jnp.arange(q.shape[1], dtype=jnp.int32)[None, :]
+        write = jax.vmap(lambda cache, new, start: jax.lax.dynamic_update_slice(cache, new, (start, 0, 0)))
+        keys.value = write(keys.value, self._rotate(k, positions), index.value)
+        values.value = write(values.value, v, index.value)
+        index.value = index.value + q.shape[1]
+        slots = jnp.broadcast_to(jnp.arange(keys.value.shape[1], dtype=jnp.int32), keys.value.shape[:2])
+        q = self._rotate(q, positions)
+        return self.function(q, keys.value, values.value, mask=mask, q_positions=positions, kv_positions=slots)
+

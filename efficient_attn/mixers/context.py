@@ -1,0 +1,39 @@
+"""What a mixer is told besides its input."""
+
+from typing import Any
+
+import flax.struct
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+
+@flax.struct.dataclass
+class Context:
+    """Passed positionally to every block and mixer, so that `nn.remat` and `nn.scan` carry it.
+
+    mask: True where a token is real; None means everywhere. A mixer lets nothing flow out of masked positions.
+    segment_ids: packed documents; nothing flows between different ids. None means one document a row.
+    positions: position of each token in its own document; None means 0..L-1.
+    memory: what a mechanism attends besides its input (encoder states, cached segments).
+    train: dropout is on and batch statistics are updated.
+    decode: inputs continue what the `cache` collection holds, one token or one chunk at a time.
+    """
+
+    mask: Bool[Array, "B L"] | None = None
+    segment_ids: Int[Array, "B L"] | None = None
+    positions: Int[Array, "B L"] | None = None
+    memory: Any = None
+    train: bool = flax.struct.field(pytree_node=False, default=False)
+    decode: bool = flax.struct.field(pytree_node=False, default=False)
+
+    def positions_or_default(self, batch: int, length: int) -> Int[Array, "B L"]:
+        if self.positions is not None:
+            return self.positions
+        return jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
+
+    def groups(self) -> Int[Array, "B L"] | None:
+        """Segment ids in which masked positions are a segment of their own, -1; None where nothing separates tokens."""
+        if self.mask is None:
+            return self.segment_ids
+        ids = jnp.zeros(self.mask.shape, jnp.int32) if self.segment_ids is None else self.segment_ids
+        return jnp.where(self.mask, ids, -1)

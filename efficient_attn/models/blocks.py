@@ -1,0 +1,154 @@
+"""The residual block every model stacks: a mixer and a feed-forward network, each with its norm."""
+
+from collections.abc import Callable, Mapping
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.typing import Dtype
+from jaxtyping import Array, Bool, Float
+
+from efficient_attn import mixers
+from efficient_attn.arguments import lookup
+from efficient_attn.mixers.context import Context
+
+
+Norm = Callable[[Float[Array, "B L E"], Context], Float[Array, "B L E"]]
+
+
+def layer_norm(name: str, momentum: float, dtype: Dtype) -> Norm:
+    """Normalises each position over its channels (Ba et al. 2016)."""
+    norm = nn.LayerNorm(epsilon=1e-6, dtype=dtype, name=name)
+    return lambda x, ctx: norm(x)
+
+
+def rms_norm(name: str, momentum: float, dtype: Dtype) -> Norm:
+    """Divides each position by its root mean square (Zhang & Sennrich 2019)."""
+    norm = nn.RMSNorm(epsilon=1e-6, dtype=dtype, name=name)
+    return lambda x, ctx: norm(x)
+
+
+def batch_norm(name: str, momentum: float, dtype: Dtype) -> Norm:
+    """Normalises each channel over the real tokens of the whole batch (Ioffe & Szegedy 2015).
+
+    Outside training the running averages, weighted by `momentum`, take the place of the batch's statistics. Padding takes
+    no part in them; the released S4 and S5 code counts it.
+    """
+    norm = nn.BatchNorm(momentum=momentum, epsilon=1e-5, dtype=dtype, name=name)
+
+    def apply(x, ctx):
+        mask = None if ctx.mask is None else ctx.mask[..., None]
+        return norm(x, use_running_average=not ctx.train, mask=mask)
+
+    return apply
+
+
+NORMS: Mapping[str, Callable[[str, float, Dtype], Norm]] = {"layer": layer_norm, "rms": rms_norm, "batch": batch_norm}
+"""Norms by the name `config.model.norm` uses; all keep their statistics in float32."""
+
+
+def _glu(activation: Callable) -> Callable:
+    """A gated linear unit (Shazeer 2020): `activation` of one projection times another."""
+
+    def hidden(x, width, dense):
+        return activation(dense(width, "gate")(x)) * dense(width, "up")(x)
+
+    return hidden
+
+
+def _plain(activation: Callable) -> Callable:
+    def hidden(x, width, dense):
+        return activation(dense(width, "up")(x))
+
+    return hidden
+
+
+FEED_FORWARDS: Mapping[str, Callable] = {
+    "gelu": _plain(nn.gelu),
+    "relu": _plain(nn.relu),
+    "silu": _plain(nn.silu),
+    "glu": _glu(nn.sigmoid),
+    "geglu": _glu(nn.gelu),
+    "swiglu": _glu(nn.silu),
+    "reglu": _glu(nn.relu),
+}
+"""The hidden layer of a feed-forward network, by the name `config.model.feed_forward` uses."""
+
+
+class FeedForward(nn.Module):
+    """Two linear layers with one of `FEED_FORWARDS` between them."""
+
+    width: int
+    kind: str = "gelu"
+    dropout: float = 0.0
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B L E"], ctx: Context) -> Float[Array, "B L E"]:
+        init = nn.initializers.xavier_uniform()
+
+        def dense(width, name):
+            return nn.Dense(width, dtype=self.dtype, kernel_init=init, name=name)
+
+        hidden = lookup(FEED_FORWARDS, self.kind, "model.feed_forward")(x, self.width, dense)
+        hidden = nn.Dropout(self.dropout)(hidden, deterministic=not ctx.train)
+        return dense(x.shape[-1], "down")(hidden)
+
+
+class Block(nn.Module):
+    """x + mixer(norm(x)), then x + ff(norm(x)); with `prenorm=False`, norm(x + mixer(x)) and norm(x + ff(x)).
+
+    Without a feed-forward network (`feed_forward_width=0`) the block is the mixer alone, as S4 and S5 stack them.
+    """
+
+    mixer: Mapping
+    norm: str
+    prenorm: bool
+    norm_momentum: float
+    feed_forward: str
+    feed_forward_width: int
+    dropout: float
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B L E"], ctx: Context) -> Float[Array, "B L E"]:
+        mixer = mixers.build(self.mixer, name="mixer", dtype=self.dtype)
+        x = self._residual("norm_mixer", mixer, x, ctx)
+        if self.feed_forward_width:
+            ff = FeedForward(self.feed_forward_width, self.feed_forward, self.dropout, self.dtype, name="mlp")
+            x = self._residual("norm_mlp", ff, x, ctx)
+        return x
+
+    def _residual(self, norm_name: str, layer: Callable, x, ctx: Context):
+        norm = lookup(NORMS, self.norm, "model.norm")(norm_name, self.norm_momentum, self.dtype)
+        y = layer(norm(x, ctx), ctx) if self.prenorm else layer(x, ctx)
+        x = x + nn.Dropout(self.dropout)(y, deterministic=not ctx.train)
+        return x if self.prenorm else norm(x, ctx)
+
+
+def masked_mean(x: Float[Array, "B L E"], mask: Bool[Array, "B L"]) -> Float[Array, "B E"]:
+    """Mean over real positions; zero where a row has none."""
+    weights = mask.astype(x.dtype)[..., None]
+    return jnp.sum(x * weights, axis=1) / jnp.maximum(jnp.sum(weights, axis=1), 1)
+
+
+def first(x: Float[Array, "B L E"], mask: Bool[Array, "B L"]) -> Float[Array, "B E"]:
+    """The first position: where the CLS token stands."""
+    return x[:, 0]
+
+
+def last(x: Float[Array, "B L E"], mask: Bool[Array, "B L"]) -> Float[Array, "B E"]:
+    """The last real position of each row."""
+    index = jnp.max(jnp.where(mask, jnp.arange(x.shape[1])[None, :], 0), axis=1)
+    return jnp.take_along_axis(x, index[:, None, None], axis=1)[:, 0]
+
+
+POOLINGS: Mapping[str, Callable] = {"mean": masked_mean, "cls": first, "last": last}
+
+
+REMAT_POLICIES: Mapping[str, Callable | None] = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+"""What the backward pass keeps of a block: everything, nothing but its input, or its weight products."""

@@ -1,0 +1,40 @@
+"""The decoder-only language model."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from efficient_attn.mixers.context import Context
+from efficient_attn.models.trunk import Trunk
+
+
+class LanguageModel(Trunk):
+    """Scores of the next token at every position (causal mixers only, which `build` checks).
+
+    tied: the output layer is the transpose of the token vectors (Press & Wolf 2017).
+
+    With `ctx.decode` the `cache` collection carries what came before: initialise it with a full-length input, then apply one
+    token or one chunk at a time with `mutable=["cache"]`.
+    """
+
+    tied: bool = False
+
+    @nn.compact
+    def __call__(self, inputs: Int[Array, "B L"], ctx: Context) -> Float[Array, "B L V"]:
+        if ctx.decode and ctx.positions is None:
+            ctx = ctx.replace(positions=self._advance(inputs))
+        embed = self.input_layer()
+        hidden = self.blocks(self.add_positions(embed(inputs), ctx), ctx)
+        if self.tied:
+            return embed.attend(hidden).astype(jnp.float32)
+        return nn.Dense(self.num_outputs, dtype=jnp.float32, name="head")(hidden)
+
+    def _advance(self, inputs: Int[Array, "B L"]) -> Int[Array, "B L"]:
+        """Positions of this chunk; the cache remembers where the next one starts."""
+        batch, length = inputs.shape
+        is_filled = self.has_variable("cache", "index")
+        index = self.variable("cache", "index", jnp.zeros, (batch,), jnp.int32)
+        positions = index.value[:, None] + jnp.arange(length, dtype=jnp.int32)[None, :]
+        if is_filled:
+            index.value = index.value + length
+        return positions

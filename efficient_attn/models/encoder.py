@@ -1,0 +1,54 @@
+"""Encoders that answer one question about a sequence, or about a pair of them."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Num
+
+from efficient_attn.arguments import lookup
+from efficient_attn.mixers.context import Context
+from efficient_attn.models.blocks import POOLINGS
+from efficient_attn.models.trunk import Trunk
+
+
+class Encoder(Trunk):
+    """A trunk whose hidden states are pooled into one vector.
+
+    pooling: one of `POOLINGS`. With "cls" a learned vector is put before the sequence, and its hidden state is read.
+    """
+
+    pooling: str = "mean"
+
+    def summarise(self, inputs: Num[Array, "B *S"], ctx: Context) -> Float[Array, "B E"]:
+        x = self.add_positions(self.input_layer()(inputs), ctx)
+        mask = jnp.ones(x.shape[:2], bool) if ctx.mask is None else ctx.mask
+        if self.pooling == "cls":
+            cls = self.param("cls", nn.initializers.normal(0.02), (1, 1, self.width)).astype(x.dtype)
+            x = jnp.concatenate([jnp.broadcast_to(cls, (x.shape[0], 1, self.width)), x], axis=1)
+            mask = jnp.concatenate([jnp.ones_like(mask[:, :1]), mask], axis=1)
+        hidden = self.blocks(x, ctx.replace(mask=mask))
+        return lookup(POOLINGS, self.pooling, "model.pooling")(hidden, mask)
+
+
+class Classifier(Encoder):
+    """Class scores of one sequence (LRA's single-tower tasks)."""
+
+    @nn.compact
+    def __call__(self, inputs: Num[Array, "B *S"], ctx: Context) -> Float[Array, "B C"]:
+        return nn.Dense(self.num_outputs, dtype=jnp.float32, name="head")(self.summarise(inputs, ctx))
+
+
+class Matcher(Encoder):
+    """Class scores of a pair of documents, encoded apart by the same trunk (LRA's Retrieval, Tay et al. 2020).
+
+    A two-layer ReLU network reads [x1, x2, x1 * x2, x1 - x2]; its hidden layer has E units.
+    """
+
+    @nn.compact
+    def __call__(self, inputs: Num[Array, "B 2 *S"], ctx: Context) -> Float[Array, "B C"]:
+        batch = inputs.shape[0]
+        towers = ctx.replace(mask=None if ctx.mask is None else ctx.mask.reshape(2 * batch, -1))
+        summaries = self.summarise(inputs.reshape(2 * batch, *inputs.shape[2:]), towers)
+        first, second = jnp.unstack(summaries.reshape(batch, 2, -1), axis=1)
+        features = jnp.concatenate([first, second, first * second, first - second], axis=-1)
+        hidden = nn.relu(nn.Dense(self.width, dtype=jnp.float32, name="match")(features))
+        return nn.Dense(self.num_outputs, dtype=jnp.float32, name="head")(hidden)

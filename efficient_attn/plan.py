@@ -1,0 +1,161 @@
+"""From a configuration to the objects of a run, all checked before anything is compiled, generated or written."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+import optax
+
+from efficient_attn import models, optim, sharding, tasks
+from efficient_attn.arguments import ConfigError, lookup
+from efficient_attn.config import TrainConfig, normal_form, section
+from efficient_attn.durations import in_steps
+from efficient_attn.steps import Batch, TrainState, init_state
+from efficient_attn.tasks.base import Task
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A run: what its configuration means.
+
+    config: in normal form, as run.json holds it. total, eval_every, checkpoint_every: in steps.
+    state: shapes and dtypes of the train state.
+    """
+
+    config: dict[str, Any]
+    task: Task
+    model: nn.Module
+    optimizer: optim.OptimizerConfig
+    train: TrainConfig
+    tx: optax.GradientTransformation
+    total: int
+    warmup: int
+    eval_every: int
+    checkpoint_every: int
+    state: TrainState
+
+    @property
+    def seed(self) -> int:
+        return self.config["seed"]
+
+    @property
+    def tokens_per_batch(self) -> int:
+        return self.train.batch_size * self.task.length * (2 if self.task.head == "match" else 1)
+
+    def init_state(self) -> TrainState:
+        """A fresh state. To be jitted."""
+        batch = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), example_batch(self.task, jax.device_count()))
+        return init_state(self.model, self.tx, self.seed, batch, ema=self.optimizer.ema > 0)
+
+
+def make_plan(config: Mapping[str, Any]) -> Plan:
+    """Build everything that a configuration (a ConfigDict, or its normal form) describes.
+
+    Raises `ConfigError` for whatever is wrong with it. Reads no data and compiles nothing.
+    """
+    config = normal_form(config)
+    task_arguments = dict(config["task"])
+    task_class = lookup(tasks.TASKS, task_arguments.pop("name"), "task.name")
+    task = _construct(task_class, task_arguments, "task")
+    optimizer = _construct(optim.OptimizerConfig, config["optimizer"], "optimizer")
+    train = _construct(TrainConfig, config["train"], "train")
+    sharding.check_divisible(train.batch_size, train.accumulate, "train.batch_size")
+    sharding.check_divisible(train.eval_batch_size or train.batch_size, 1, "train.eval_batch_size")
+    model = models.build(config["model"], task)
+
+    def steps(duration: str, field: str) -> int:
+        return in_steps(duration, batch_size=train.batch_size, num_examples=task.sizes["train"], field=field)
+
+    total, warmup = steps(train.duration, "train.duration"), steps(optimizer.warmup, "optimizer.warmup")
+    if total < 1:
+        raise ConfigError(f"train.duration={train.duration!r} is less than one step")
+    params = _abstract_params(model, task)
+    tx = optim.build(optimizer, params, warmup=warmup, total=total)
+    plan = Plan(
+        config=config,
+        task=task,
+        model=model,
+        optimizer=optimizer,
+        train=train,
+        tx=tx,
+        total=total,
+        warmup=warmup,
+        eval_every=max(1, steps(train.eval_every, "train.eval_every")),
+        checkpoint_every=max(1, steps(train.checkpoint_every, "train.checkpoint_every")),
+        state=None,
+    )
+    return dataclasses.replace(plan, state=jax.eval_shape(plan.init_state))
+
+
+def _construct(constructor: Any, values: Mapping[str, Any], field: str) -> Any:
+    try:
+        return section(constructor, values, field)
+    except (ValueError, TypeError, tasks.TaskError) as error:
+        raise ConfigError(f"{field}: {error}") from error
+
+
+def _abstract_params(model: nn.Module, task: Task) -> Any:
+    """Shapes of the parameters; a mechanism that cannot take these sizes says so here."""
+    batch = example_batch(task, 1)
+    init = functools.partial(init_state, model, optax.identity(), 0, ema=False)
+    try:
+        return jax.eval_shape(init, batch).params
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"the model cannot be built: {error}") from error
+
+
+def example_batch(task: Task, rows: int) -> Batch:
+    """The shapes and dtypes of a batch of a task."""
+    inner = (2, task.length) if task.head == "match" else (task.length,)
+    per_target = inner if task.head == "lm" else ()
+    values = (task.channels,) if task.vocab_size is None else ()
+    dtype = np.float32 if task.vocab_size is None else np.int32
+    return {
+        "inputs": jax.ShapeDtypeStruct((rows, *inner, *values), dtype),
+        "mask": jax.ShapeDtypeStruct((rows, *inner), np.bool_),
+        "targets": jax.ShapeDtypeStruct((rows, *per_target), np.int32),
+        "weights": jax.ShapeDtypeStruct((rows, *per_target), np.float32),
+    }
+
+
+def num_parameters(plan: Plan) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(plan.state.params))
+
+
+def nbytes(tree: Any) -> int:
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def describe(plan: Plan) -> str:
+    """The parameter table and what the run will do, for people."""
+    groups = optim.groups(plan.optimizer.rules, plan.state.params)
+    rows = [("parameter", "shape", "size", "lr x", "weight decay")]
+    leaves = zip(*(jax.tree.leaves(t) for t in (optim.paths(plan.state.params), plan.state.params, groups)))
+    for path, leaf, group in leaves:
+        decay = plan.optimizer.weight_decay if group.weight_decay is None else group.weight_decay
+        shape = "x".join(map(str, leaf.shape)) or "scalar"
+        rows.append((path, shape, f"{math.prod(leaf.shape):,}", f"{group.lr_mult:g}", f"{decay:g}"))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+    return "\n".join([*table, "", *_summary(plan)])
+
+
+def _summary(plan: Plan) -> list[str]:
+    train, task, sizes = plan.train, plan.task, plan.task.sizes
+    batch = nbytes(example_batch(task, train.batch_size))
+    epochs = plan.total * train.batch_size / sizes["train"]
+    return [
+        f"task        {task.name}: {sizes['train']:,} train, {sizes['valid']:,} valid, {sizes['test']:,} test; length {task.length:,}",
+        f"data        {task.cost()}",
+        f"parameters  {num_parameters(plan):,} ({nbytes(plan.state.params) / 2**20:.1f} MiB); "
+        f"train state {nbytes(plan.state) / 2**20:.1f} MiB; batch {batch / 2**20:.1f} MiB; activations come on top",
+        f"devices     {jax.device_count()} x {jax.devices()[0].device_kind}; "
+        f"{train.batch_size} examples a step in {train.accumulate} micro-batch(es)",
+        f"run         {plan.total:,} steps = {epochs:.3g} epochs; warm-up {plan.warmup:,}; evaluates every {plan.eval_every:,}, "
+        f"saves every {plan.checkpoint_every:,}",
+    ]

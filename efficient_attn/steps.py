@@ -1,0 +1,136 @@
+"""The pure functions of training: state, loss, train step, eval step."""
+
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int, UInt
+
+from efficient_attn.mixers.context import Context
+
+PyTree = Any
+Batch = dict[str, jax.Array]
+Sums = dict[str, tuple[jax.Array, jax.Array]]
+
+TRANSIENT = ("losses", "intermediates", "cache")
+"""Collections that a step may write and the state does not keep."""
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that training changes, and the key its randomness comes from.
+
+    step: optimiser steps taken. variables: the model's mutable collections (batch statistics and the like).
+    ema: running average of the parameters, or None. rng: key data; step t draws from fold_in(rng, t).
+    """
+
+    step: Int[Array, ""]
+    params: PyTree
+    opt_state: PyTree
+    variables: PyTree
+    ema: PyTree | None
+    rng: UInt[Array, "2"]
+
+    def evaluated(self) -> PyTree:
+        """The variables that evaluation uses: averaged parameters where there are any."""
+        return {"params": self.params if self.ema is None else self.ema, **self.variables}
+
+
+def init_state(model: nn.Module, tx: optax.GradientTransformation, seed: int, batch: Batch, *, ema: bool) -> TrainState:
+    """The state before the first step, from the seed and the shapes of a batch."""
+    init_key, train_key = jax.random.split(jax.random.key(seed))
+    variables = dict(model.init({"params": init_key}, batch["inputs"], context(batch, train=False)))
+    params = variables.pop("params")
+    kept = {name: value for name, value in variables.items() if name not in TRANSIENT}
+    average = jax.tree.map(jnp.copy, params) if ema else None
+    return TrainState(jnp.int32(0), params, tx.init(params), kept, average, jax.random.key_data(train_key))
+
+
+def context(batch: Batch, *, train: bool) -> Context:
+    return Context(mask=batch["mask"], segment_ids=batch.get("segment_ids"), train=train)
+
+
+def cross_entropy(
+    logits: Float[Array, "*B C"], targets: Int[Array, "*B"], weights: Float[Array, "*B"], label_smoothing: float = 0.0
+) -> Sums:
+    """Weighted sums of the negative log-likelihood in nats and of correct answers, each with the sum of weights."""
+    log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
+    nll = -jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0]
+    if label_smoothing:
+        nll = (1.0 - label_smoothing) * nll - label_smoothing * jnp.mean(log_p, axis=-1)
+    correct = jnp.argmax(logits, axis=-1) == targets
+    count = jnp.sum(weights)
+    return {"loss": (jnp.sum(nll * weights), count), "accuracy": (jnp.sum(correct * weights), count)}
+
+
+def train_step(
+    model: nn.Module,
+    tx: optax.GradientTransformation,
+    state: TrainState,
+    batch: Batch,
+    *,
+    label_smoothing: float = 0.0,
+    accumulate: int = 1,
+    ema: float = 0.0,
+) -> tuple[TrainState, Sums]:
+    """One optimiser step on the mean loss over the weights of the whole batch.
+
+    With `accumulate` > 1 the batch is run as that many micro-batches (rows i, i + n, ...) one after the other, and their
+    gradients are added up: the same step, up to rounding, in less memory. Auxiliary losses that the model sows into
+    `losses` are added to the loss, averaged over micro-batches.
+    """
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+    total = jnp.maximum(jnp.sum(batch["weights"]), 1e-8)
+
+    def loss(params, variables, micro, key):
+        logits, updated = model.apply(
+            {"params": params, **variables},
+            micro["inputs"],
+            context(micro, train=True),
+            rngs={"dropout": key},
+            mutable=[*variables, "losses"],
+        )
+        sums = cross_entropy(logits, micro["targets"], micro["weights"], label_smoothing)
+        objective = sums["loss"][0] / total
+        sown = jax.tree.leaves(updated.pop("losses", {}))
+        if sown:
+            auxiliary = sum(jnp.sum(x) for x in sown)
+            sums["aux_loss"] = (auxiliary, jnp.float32(1.0))
+            objective = objective + auxiliary / accumulate
+        return objective, (sums, dict(updated))
+
+    gradients, variables, sums = _gradients(loss, state, batch, key, accumulate)
+    updates, opt_state = tx.update(gradients, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    average = state.ema if state.ema is None else optax.incremental_update(params, state.ema, 1.0 - ema)
+    sums["grad_norm"] = (optax.global_norm(gradients), jnp.float32(1.0))
+    return TrainState(state.step + 1, params, opt_state, variables, average, state.rng), sums
+
+
+def _gradients(loss, state: TrainState, batch: Batch, key, accumulate: int):
+    """Gradient of the sum of `loss` over micro-batches, the variables after the last one, and the summed metrics."""
+    grad = jax.grad(loss, has_aux=True)
+    if accumulate == 1:
+        gradients, (sums, variables) = grad(state.params, state.variables, batch, key)
+        return gradients, variables, sums
+
+    def one(carry, micro_and_key):
+        gradients, variables = carry
+        new, (sums, variables) = grad(state.params, variables, *micro_and_key)
+        return (jax.tree.map(jnp.add, gradients, new), variables), sums
+
+    micros = {k: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1) for k, x in batch.items()}
+    zeros = jax.tree.map(jnp.zeros_like, state.params)
+    (gradients, variables), sums = jax.lax.scan(
+        one, (zeros, state.variables), (micros, jax.random.split(key, accumulate))
+    )  # fmt: skip
+    return gradients, variables, jax.tree.map(lambda x: jnp.sum(x, axis=0), sums)
+
+
+def eval_step(model: nn.Module, variables: PyTree, batch: Batch) -> Sums:
+    """Sums of loss and accuracy on one batch, nothing dropped out, running batch statistics."""
+    logits = model.apply(variables, batch["inputs"], context(batch, train=False))
+    return cross_entropy(logits, batch["targets"], batch["weights"])
