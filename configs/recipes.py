@@ -2,6 +2,7 @@
 
 from typing import Any
 
+
 def s5_rules(ratio: float, opt_config: str, *, dt_global: bool = False) -> tuple:
     """Optimiser rules of the released S5 code.
 

@@ -59,9 +59,7 @@ class Progress:
             self.evaluations_since_best += 1
 
 
-def train_and_evaluate(
-    config: Mapping[str, Any], folder: pathlib.Path, *, profile_steps: int = 0
-) -> tuple[TrainState, Progress]:
+def train_and_evaluate(config: Mapping[str, Any], folder: pathlib.Path, *, profile_steps: int = 0) -> tuple[TrainState, Progress]:
     """Train `config` in `folder`, from its newest whole checkpoint if it has one; returns the final state.
 
     Writes run.json, metrics.jsonl, checkpoints/ and tensorboard/ there. The same call on the same devices continues an
@@ -77,9 +75,9 @@ def train_and_evaluate(
     with contextlib.ExitStack() as stack:
         stack.enter_context(workdir.lock(folder))
         open_run(plan, folder)
-        stop = stack.enter_context(preemption.watch())
         print(describe(plan), flush=True)
-        plan.task.prepare()
+        plan.task.prepare()  # before signals only set a flag: it is interruptible, and resumes, by itself
+        stop = stack.enter_context(preemption.watch())
         mesh = sharding.data_mesh()
         checkpoints = Checkpoints(
             folder / "checkpoints", metric=f"valid_{plan.task.metric}", mode=plan.task.metric_mode

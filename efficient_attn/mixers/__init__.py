@@ -19,7 +19,7 @@ from efficient_attn.mixers.context import Context
 from efficient_attn.mixers.identity import Identity
 from efficient_attn.mixers.s5 import S5
 
-__all__ = ["MIXERS", "Attention", "Context", "Entry", "Identity", "S5", "build", "state_size"]
+__all__ = ["MIXERS", "S5", "Attention", "Context", "Entry", "Identity", "build", "state_size"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -72,9 +72,7 @@ class Attention(nn.Module):
 
     def _dense(self, features, name: str, axis=-1) -> nn.DenseGeneral:
         init = nn.initializers.xavier_uniform()
-        return nn.DenseGeneral(
-            features, axis=axis, use_bias=self.use_bias, dtype=self.dtype, kernel_init=init, name=name
-        )
+        return nn.DenseGeneral(features, axis=axis, use_bias=self.use_bias, dtype=self.dtype, kernel_init=init, name=name)
 
     def _rotate(self, x: Float[Array, "B L H D"], positions: Int[Array, "B L"]) -> Float[Array, "B L H D"]:
         arguments = dict(self.rotation)
@@ -88,10 +86,10 @@ class Attention(nn.Module):
         """
         if not self.causal:
             raise ValueError("only causal attention decodes token by token; set causal=True")
-        is_filled = self.has_variable("cache", "key")
-        keys = self.variable("cache", "key", jnp.zeros, k.shape, k.dtype)
-        values = self.variable("cache", "value", jnp.zeros, v.shape, v.dtype)
-        index = self.variable("cache", "index", jnp.zeros, (k.shape[0],), jnp.int32)
+        is_filled = self.has_variable("cache", "cached_key")
+        keys = self.variable("cache", "cached_key", jnp.zeros, k.shape, k.dtype)
+        values = self.variable("cache", "cached_value", jnp.zeros, v.shape, v.dtype)
+        index = self.variable("cache", "cache_index", jnp.zeros, (k.shape[0],), jnp.int32)
         if not is_filled:
             return self.function(q, k, v, mask=mask)
         positions = index.value[:, None] + jnp.arange(q.shape[1], dtype=jnp.int32)[None, :]
@@ -102,4 +100,3 @@ class Attention(nn.Module):
         slots = jnp.broadcast_to(jnp.arange(keys.value.shape[1], dtype=jnp.int32), keys.value.shape[:2])
         q = self._rotate(q, positions)
         return self.function(q, keys.value, values.value, mask=mask, q_positions=positions, kv_positions=slots)
-

@@ -12,7 +12,6 @@ from efficient_attn import mixers
 from efficient_attn.arguments import lookup
 from efficient_attn.mixers.context import Context
 
-
 Norm = Callable[[Float[Array, "B L E"], Context], Float[Array, "B L E"]]
 
 

@@ -22,7 +22,7 @@ class Sinusoidal(nn.Module):
         frequencies = self.base ** (-2.0 * jnp.arange(half, dtype=jnp.float32) / width)
         angles = positions[..., None].astype(jnp.float32) * frequencies[None, None, :]
         pairs = jnp.stack([jnp.sin(angles), jnp.cos(angles)], axis=-1)
-        return pairs.reshape(*positions.shape, 2 * half)[..., : width]
+        return pairs.reshape(*positions.shape, 2 * half)[..., :width]
 
 
 class Learned(nn.Module):

@@ -18,7 +18,7 @@ plus `segment_ids` [L] int32 where documents are packed into one row. Stacked by
 import abc
 import dataclasses
 from collections.abc import Mapping
-from typing import ClassVar, Literal, Protocol
+from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -32,6 +32,7 @@ class TaskError(Exception):
     """Data are missing, damaged or wrongly specified. The message says what is wrong and what to do."""
 
 
+@runtime_checkable
 class Source(Protocol):
     """Random access to the examples of one split; `source[i]` is the same example every time."""
 

@@ -1,0 +1,45 @@
+"""Byte-level language modelling on any file or folder of text; by default the running Python's standard library.
+
+    python train.py --config=configs/lm_text.py --config.task.path=FILE_OR_FOLDER
+
+The model and schedule follow nanoGPT's recipe for a CPU (karpathy/nanoGPT, README: 4 layers, width 128, 4 heads, context 64,
+batch 12, 2,000 steps, validation loss 1.88 nats a character on tiny-Shakespeare in about 3 minutes). Rotary positions and
+bytes instead of learned positions and characters are our departures.
+"""
+
+from efficient_attn.config import experiment
+
+RECIPES = {
+    "transformer": {
+        "model": dict(
+            depth=4, width=128, feed_forward_width=512, tied=True, mixer=dict(name="softmax", num_heads=4, rotation=dict(name="rotary"))
+        ),
+        "optimizer": dict(
+            learning_rate=1e-3, schedule="cosine", warmup="100 steps", b2=0.99, weight_decay=0.1, clip_norm=1.0,
+            rules=((r".*/(scale|bias)", dict(weight_decay=0.0)), (r".*", {})),
+        ),
+    },
+    "s5": {
+        "model": dict(
+            depth=4, width=128, norm="layer", feed_forward_width=512, tied=True,
+            mixer=dict(name="s5", state_dim=128, blocks=4, C_init="trunc_standard_normal", activation="gelu"),
+        ),
+        "optimizer": dict(
+            learning_rate=2e-3, schedule="cosine", warmup="100 steps", b2=0.99, weight_decay=0.1, clip_norm=1.0,
+            rules=(
+                (r".*/mixer/(Lambda_re|Lambda_im|log_step|B)", dict(lr_mult=0.25, weight_decay=0.0)),
+                (r".*/(scale|bias|D)", dict(weight_decay=0.0)),
+                (r".*", {}),
+            ),
+        ),
+    },
+}  # fmt: skip
+
+TRAIN = dict(
+    batch_size=32, duration="2500 steps", eval_every="250 steps", checkpoint_every="250 steps", log_every=50, max_eval_batches=40
+)
+
+
+def get_config(recipe: str = "transformer"):
+    task = dict(name="lm_text", context=128)
+    return experiment(name="lm_text", task=task, recipes=RECIPES, recipe=recipe, train=TRAIN)

@@ -1,0 +1,306 @@
+"""Byte-level language modelling on any file or folder of text: predict the next byte.
+
+Tokens are byte values, V = 256. Byte 0 does not occur in text: it stands between documents and pads. The corpus is copied
+once, as three flat files of bytes, and read through a memory map.
+"""
+
+import dataclasses
+import fcntl
+import functools
+import hashlib
+import math
+import os
+import pathlib
+import platform
+import re
+import sysconfig
+from collections.abc import Iterator, Mapping
+from typing import ClassVar, Literal
+
+import numpy as np
+
+from efficient_attn.tasks.base import SPLITS, Example, Head, Source, Split, Task, TaskError
+
+SEPARATOR = b"\0"
+CHUNK = 2**24  # bytes read at a time
+MAX_EXAMPLES = 4_000_000  # default bound on the windows of train: shuffling takes 4 bytes and about 40 ns each
+NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """Bytes start..stop-1 of one file."""
+
+    path: pathlib.Path
+    start: int
+    stop: int
+
+
+class Windows:
+    """Windows of `context` bytes at `count` equally spaced starts, 0 <= start < span; each target is the byte after its input.
+
+    Window i starts at floor(i span / count). Positions whose target lies past the end of the data have mask False and weight 0.
+    """
+
+    def __init__(self, data: np.ndarray, context: int, span: int, count: int):
+        self._data, self._offsets, self._span, self._count = data, np.arange(context + 1), span, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> Example:
+        return {key: value[0] for key, value in self.batch(np.array([index])).items()}
+
+    def batch(self, indices: np.ndarray) -> Example:
+        """The windows `indices` [n], stacked: every array is [n, context]."""
+        if np.min(indices) < 0 or np.max(indices) >= self._count:
+            raise IndexError(f"window indices must be in [0, {self._count}); got {np.min(indices)}..{np.max(indices)}")
+        starts = np.asarray(indices, np.int64) * self._span // self._count
+        places = starts[:, None] + self._offsets
+        windows = self._data[np.minimum(places, len(self._data) - 1)].astype(np.int32)
+        mask = places[:, 1:] < len(self._data)
+        return {
+            "inputs": windows[:, :-1] * mask,
+            "mask": mask,
+            "targets": windows[:, 1:] * mask,
+            "weights": mask.astype(np.float32),
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class LMText(Task):
+    """Byte-level language modelling; the loss is the mean over bytes, in nats (divide by log 2 for bits per byte).
+
+    Splits, each a run of documents with one zero byte between any two:
+      - a folder with train.txt, valid.txt and test.txt: those;
+      - any other folder: every file in it and below, hidden ones apart, is one document of one split. Files are dealt in an
+        order that depends on their sizes alone, first to test, then valid, as long as these stay within their fraction of the
+        bytes, else to train. Files of equal size go to the same split, so no two splits hold copies of one file;
+      - a file: cut in three, train first, then valid, then test;
+      - "" (the default): the Python source files of the running Python's standard library, less its tests, as a folder. They
+        are the same wherever the release is, unless a distributor patched them; the digest in the name tells.
+
+    Train example i is the window that starts at a byte offset, and there is one for every offset, so that batches are uniform
+    draws of offsets without replacement (nanoGPT draws with replacement). So an epoch reads every byte `context` times: give
+    durations in steps. `num_examples` > 0 takes that many equally spaced offsets instead; train size / context of them read
+    the text about once. Above 4 million offsets the default is 4 million. Windows run across the ends of documents.
+
+    Valid and test are consecutive, non-overlapping windows: every byte but the first is predicted exactly once, from at most
+    `context` bytes before it (those of its window). The last window is padded.
+
+    Fields:
+        path: a file, a folder, or "".
+        context: L, bytes in a window.
+        valid_fraction, test_fraction: of the bytes; not used where the folder names its splits.
+        num_examples: windows of train; 0 means as above.
+        data_dir: folder of all data; the corpus is copied into a folder of its own there.
+
+    Constructing looks at nothing. `sizes` lists the files; `name` and `cost` read them once, since the name holds a digest of
+    their contents. All of them raise `TaskError` if the path is missing, not text, or too short for its splits.
+    """
+
+    head: ClassVar[Head] = "lm"
+    metric: ClassVar[str] = "loss"
+    metric_mode: ClassVar[Literal["max", "min"]] = "min"
+
+    path: str = ""
+    context: int = 256
+    valid_fraction: float = 0.05
+    test_fraction: float = 0.05
+    num_examples: int = 0
+    data_dir: str = "data"
+
+    def __post_init__(self):
+        if self.context < 1 or self.num_examples < 0:
+            raise TaskError(f"lm_text: context must be positive and num_examples not negative; got {self}.")
+        if min(self.valid_fraction, self.test_fraction) <= 0 or self.valid_fraction + self.test_fraction >= 1:
+            raise TaskError(f"lm_text: valid_fraction and test_fraction must be positive and sum to less than 1; got {self}.")
+
+    @property
+    def name(self) -> str:
+        return f"{self.folder.name}-context{self.context}-n{self.sizes['train']}"
+
+    @property
+    def folder(self) -> pathlib.Path:
+        """Where the copy of the corpus is: the same for every context and num_examples."""
+        stem = re.sub(r"\W+", "_", self._root.resolve().stem) if self.path else f"python{platform.python_version()}"
+        return pathlib.Path(self.data_dir) / f"lm_text-{stem}-{self._digest}"
+
+    @property
+    def length(self) -> int:
+        return self.context
+
+    @property
+    def num_outputs(self) -> int:
+        return 256
+
+    @property
+    def vocab_size(self) -> int:
+        return 256
+
+    @functools.cached_property
+    def sizes(self) -> Mapping[Split, int]:
+        offsets = self._bytes["train"] - self.context
+        evaluated = {split: math.ceil((self._bytes[split] - 1) / self.context) for split in ("valid", "test")}
+        return {"train": self.num_examples or min(offsets, MAX_EXAMPLES), **evaluated}
+
+    def cost(self) -> str:
+        counts = ", ".join(f"{split} {count:,}" for split, count in self._bytes.items())
+        if self._is_prepared():
+            return f"bytes: {counts}; prepared in {self.folder}"
+        seconds = math.ceil(sum(self._bytes.values()) / 200e6)
+        return f"bytes: {counts}; to be copied from {self._root} to {self.folder} in about {seconds} s"
+
+    def prepare(self) -> None:
+        if self._is_prepared():
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with open(self.folder / ".lock", "w") as lock:  # one writer at a time; the system drops the lock of a dead one
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                if not self._is_prepared():
+                    self._write()
+        except OSError as error:
+            raise TaskError(f"Cannot copy the text of {self._root} to {self.folder}: {error}") from error
+
+    def source(self, split: Split) -> Source:
+        path = self.folder / f"{split}.bin"
+        if not self._is_prepared():
+            raise TaskError(f"{path} is missing: call the task's prepare() first (train.py does).")
+        data = np.asarray(np.memmap(path, np.uint8, mode="r"))
+        if split == "train":
+            return Windows(data, self.context, span=len(data) - self.context, count=self.sizes["train"])
+        return Windows(data, self.context, span=self.sizes[split] * self.context, count=self.sizes[split])
+
+    @property
+    def _root(self) -> pathlib.Path:
+        return pathlib.Path(self.path or sysconfig.get_path("stdlib")).expanduser()
+
+    @functools.cached_property
+    def _pieces(self) -> Mapping[Split, list[Piece]]:
+        """The documents of each split, found by listing files only."""
+        fractions = {"test": self.test_fraction, "valid": self.valid_fraction}
+        if not self._root.exists():
+            raise TaskError(f"lm_text: no file or folder {self._root}; give task.path, or '' for Python's standard library.")
+        if self._root.is_file():
+            return _cut(self._root, fractions)
+        named = {split: self._root / f"{split}.txt" for split in SPLITS}
+        present = [path.name for path in named.values() if path.is_file()]
+        if len(present) == len(named):
+            return {split: [Piece(path, 0, path.stat().st_size)] for split, path in named.items()}
+        if present:
+            raise TaskError(f"lm_text: {self._root} holds {present}; expected all or none of train.txt, valid.txt, test.txt.")
+        return _deal(_text_files(self._root, library=not self.path), fractions)
+
+    @functools.cached_property
+    def _bytes(self) -> Mapping[Split, int]:
+        """Bytes of each split, separators included."""
+        counts = {}
+        for split, needed in {"train": self.context + 1, "valid": 2, "test": 2}.items():
+            pieces = self._pieces[split]
+            counts[split] = sum(piece.stop - piece.start for piece in pieces) + max(len(pieces) - 1, 0) * len(SEPARATOR)
+            if counts[split] < needed:
+                raise TaskError(
+                    f"lm_text: the {split} split of {self._root} has {counts[split]} bytes and needs {needed} (context="
+                    f"{self.context}). Give more text, a smaller context, other fractions, one file instead of few (a file "
+                    f"is cut, a folder is split by files), or a folder with train.txt, valid.txt and test.txt."
+                )
+        return counts
+
+    @functools.cached_property
+    def _digest(self) -> str:
+        """Of the contents of the three splits."""
+        digest = hashlib.sha256(repr(self._bytes).encode())
+        for split in SPLITS:
+            for chunk in _chunks(self._pieces[split]):
+                digest.update(chunk)
+        return digest.hexdigest()[:12]
+
+    def _is_prepared(self) -> bool:
+        """Whether the copy is there. Raises `TaskError` if it is but has another size."""
+        for split in SPLITS:
+            path = self.folder / f"{split}.bin"
+            if not path.exists():
+                return False
+            if path.stat().st_size != self._bytes[split]:
+                raise TaskError(
+                    f"{path} has {path.stat().st_size} bytes, expected {self._bytes[split]}: it is damaged. Delete "
+                    f"{self.folder}; it will be made again."
+                )
+        return True
+
+    def _write(self) -> None:
+        """Writes the three files under other names, and gives them theirs when all are whole and as the name says."""
+        aside = {split: self.folder / f"incomplete.{split}.bin" for split in SPLITS}
+        try:
+            digest = hashlib.sha256(repr(self._bytes).encode())
+            for split, path in aside.items():
+                with open(path, "wb") as file:
+                    for chunk in _chunks(self._pieces[split]):
+                        digest.update(chunk)
+                        file.write(chunk)
+                    file.flush()
+                    os.fsync(file.fileno())
+            if digest.hexdigest()[:12] != self._digest:
+                raise TaskError(f"lm_text: the text in {self._root} changed while it was being read. Start again.")
+            for split, path in aside.items():
+                path.rename(self.folder / f"{split}.bin")
+        finally:
+            for path in aside.values():
+                path.unlink(missing_ok=True)
+
+
+def _chunks(pieces: list[Piece]) -> Iterator[bytes]:
+    """The bytes of the pieces, a separator between any two. Raises `TaskError` on a byte 0, which text does not hold."""
+    for number, piece in enumerate(pieces):
+        if number:
+            yield SEPARATOR
+        try:
+            with open(piece.path, "rb") as file:
+                file.seek(piece.start)
+                left = piece.stop - piece.start
+                while chunk := file.read(min(CHUNK, left)):
+                    if SEPARATOR in chunk:
+                        raise TaskError(f"lm_text: {piece.path} holds a zero byte, so it is not text. Take it out of the corpus.")
+                    left -= len(chunk)
+                    yield chunk
+        except OSError as error:
+            raise TaskError(f"lm_text: cannot read {piece.path}: {error}") from error
+
+
+def _cut(path: pathlib.Path, fractions: Mapping[Split, float]) -> Mapping[Split, list[Piece]]:
+    """One file in three: train, valid, test, in this order."""
+    size = path.stat().st_size
+    valid, test = round(size * (1 - fractions["valid"] - fractions["test"])), round(size * (1 - fractions["test"]))
+    return {"train": [Piece(path, 0, valid)], "valid": [Piece(path, valid, test)], "test": [Piece(path, test, size)]}
+
+
+def _text_files(root: pathlib.Path, library: bool) -> list[Piece]:
+    """Every file below `root` that is neither hidden nor empty, sorted; of the standard library, its own source files."""
+    files = []
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".") and not (library and name in NOT_LIBRARY)]
+        for name in names:
+            path = pathlib.Path(folder, name)
+            generated = name.startswith("_sysconfigdata")  # written when Python was built, differs between machines
+            if name.startswith(".") or (library and (path.suffix != ".py" or generated)) or not path.is_file():
+                continue
+            if size := path.stat().st_size:
+                files.append(Piece(path, 0, size))
+    if not files:
+        raise TaskError(f"lm_text: {root} holds no {'Python source' if library else 'text'} files; give task.path.")
+    return sorted(files, key=lambda piece: piece.path.as_posix())
+
+
+def _deal(files: list[Piece], fractions: Mapping[Split, float]) -> Mapping[Split, list[Piece]]:
+    """Whole files to splits, those of one size together, sizes in the order of their hash."""
+    total = sum(piece.stop for piece in files)
+    room = {split: fraction * total for split, fraction in fractions.items()} | {"train": math.inf}
+    by_size: dict[int, int] = {}
+    for piece in files:
+        by_size[piece.stop] = by_size.get(piece.stop, 0) + piece.stop
+    owner: dict[int, Split] = {}
+    for size in sorted(by_size, key=lambda size: hashlib.sha256(str(size).encode()).digest()):
+        owner[size] = next(split for split in room if room[split] >= by_size[size])
+        room[owner[size]] -= by_size[size]
+    return {split: [piece for piece in files if owner[piece.stop] == split] for split in SPLITS}

@@ -1,0 +1,179 @@
+"""`attend`: the one entry to every implementation of exact softmax attention."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from kernels.attention import chunked, library, masks, reference
+from kernels.attention.biases import Bias
+from kernels.attention.call import Call, Spec, spec_of
+from kernels.attention.dropout import Dropout
+from kernels.dispatch import Choice, Implementation, choose
+
+Segments = Int[Array, "B L"] | tuple[Int[Array, "B L"], Int[Array, "B S"]]
+
+
+def _anything(spec: Spec) -> None:
+    return None
+
+
+IMPLEMENTATIONS = {
+    "reference": Implementation(reference.attend, _anything, "dense float32: the specification, memory O(L S)"),
+    "chunked": Implementation(chunked.attend, _anything, "XLA, lazy softmax over tiles, memory O(L)"),
+    "xla": Implementation(library.attend_xla, library.why_not_xla, "jax.nn.dot_product_attention, memory O(L S)"),
+}
+PREFERENCE = ("chunked", "reference")
+
+
+def attend(
+    q: Float[Array, "B L H D"],
+    k: Float[Array, "B S G D"],
+    v: Float[Array, "B S G Dv"],
+    *,
+    mask: masks.Mask = masks.Full(),  # noqa: B008 - frozen
+    bias: Bias | None = None,
+    segment_ids: Segments | None = None,
+    q_positions: Int[Array, "L"] | Int[Array, "B L"] | None = None,
+    kv_positions: Int[Array, "S"] | Int[Array, "B S"] | None = None,
+    softcap: float | None = None,
+    scale: float | None = None,
+    dropout: Dropout | None = None,
+    return_lse: bool = False,
+    implementation: str | None = None,
+) -> Float[Array, "B L H Dv"] | tuple[Float[Array, "B L H Dv"], Float[Array, "B L H"]]:
+    """Exact softmax attention: softmax(bias(softcap(scale q k^T)) on allowed pairs) v.
+
+    A pair is allowed where `mask` allows its positions and its segment ids are equal. A row without an allowed pair gives zeros,
+    a log-sum-exp of -inf, and zero gradients. Softmax statistics and accumulators are float32 (float64 for float64 inputs).
+
+    Args:
+      q, k, v: queries, keys and values of one float type. Head h of H queries reads head h // (H / G) of G keys and values
+        (grouped-query attention, Ainslie et al. 2023).
+      mask: the pattern, a value of `kernels.attention.masks`.
+      bias: what happens to a score, a value of `kernels.attention.biases`; gradients reach its arrays.
+      segment_ids: ids [B, L] of packed documents where L = S, or a pair (ids of queries [B, L], ids of keys [B, S]). A padding
+        mask `valid` [B, S] of keys is the pair (ones [B, L], valid.astype(int32)): only real keys share the queries' id.
+      q_positions, kv_positions: integer positions [L] or [B, L], and [S] or [B, S], that `mask` and `bias` see; traced, so
+        no tile is skipped on their account. By default the last query stands at the last key: queries at S - L ... S - 1,
+        keys at 0 ... S - 1.
+      softcap: c in c tanh(score / c), before the bias; None for none.
+      scale: what scores are multiplied by; None is 1 / sqrt(D).
+      dropout: dropout of attention weights, the same ones whatever the implementation; None for none.
+      return_lse: also return the log-sum-exp of each row of scores, through which gradients flow too.
+      implementation: a name in `IMPLEMENTATIONS`, or None for the first in `PREFERENCE` that can; see `explain`.
+
+    Returns:
+      [B, L, H, Dv] in the type of q, and with `return_lse` the pair (that, lse [B, L, H]).
+
+    Raises:
+      ValueError: an argument does not fit the others, or the named implementation cannot run this call; the message names
+        the argument, its value and what would be accepted.
+    """
+    arrays = (q, k, v, bias, segment_ids, q_positions, kv_positions, dropout)
+    call = _call(*arrays, mask=mask, softcap=softcap, scale=scale)
+    choice = _choose(call, return_lse, implementation)
+    out, lse = IMPLEMENTATIONS[choice.name].run(call)
+    return (out, lse) if return_lse else out
+
+
+def explain(
+    q,
+    k,
+    v,
+    *,
+    mask: masks.Mask = masks.Full(),  # noqa: B008 - frozen
+    bias: Bias | None = None,
+    segment_ids=None,
+    q_positions=None,
+    kv_positions=None,
+    softcap: float | None = None,
+    scale: float | None = None,
+    dropout: Dropout | None = None,
+    return_lse: bool = False,
+    implementation: str | None = None,
+) -> Choice:
+    """Which implementation `attend` would run for these arguments (arrays or `jax.ShapeDtypeStruct`s), and why."""
+    arrays = (q, k, v, bias, segment_ids, q_positions, kv_positions, dropout)
+    call = jax.eval_shape(lambda *arrays: _call(*arrays, mask=mask, softcap=softcap, scale=scale), *arrays)
+    return _choose(call, return_lse, implementation)
+
+
+def _choose(call: Call, return_lse: bool, implementation: str | None) -> Choice:
+    spec = spec_of(call, return_lse, jax.default_backend())
+    return choose("attend", IMPLEMENTATIONS, PREFERENCE, spec, implementation)
+
+
+def _call(q, k, v, bias, segment_ids, q_positions, kv_positions, dropout, *, mask, softcap, scale) -> Call:
+    """The arguments checked against each other and in normal form."""
+    _check_operands(q, k, v)
+    _check_options(mask, bias, softcap, dropout)
+    (B, L, _, D), S = q.shape, k.shape[1]
+    if bias is not None:
+        _check_bias(bias, {"B": B, "H": q.shape[2], "L": L, "S": S})
+    q_segments, kv_segments = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
+    _check_integers("segment_ids (queries)", q_segments, [(B, L)])
+    _check_integers("segment_ids (keys)", kv_segments, [(B, S)])
+    _check_integers("q_positions", q_positions, [(L,), (1, L), (B, L)])
+    _check_integers("kv_positions", kv_positions, [(S,), (1, S), (B, S)])
+    return Call(
+        q,
+        k,
+        v,
+        bias,
+        q_segments,
+        kv_segments,
+        None if q_positions is None else jnp.atleast_2d(q_positions),
+        None if kv_positions is None else jnp.atleast_2d(kv_positions),
+        dropout,
+        mask=mask,
+        softcap=softcap,
+        scale=float(D**-0.5 if scale is None else scale),
+    )
+
+
+def _check_operands(q, k, v) -> None:
+    shapes = f"q {q.shape}, k {k.shape}, v {v.shape}"
+    if not q.ndim == k.ndim == v.ndim == 4:
+        raise ValueError(f"attend: {shapes}: each must have four axes, [B, L, H, D], [B, S, G, D] and [B, S, G, Dv]")
+    if not q.shape[0] == k.shape[0] == v.shape[0]:
+        raise ValueError(f"attend: {shapes}: the first axis (batch) must be equal")
+    if k.shape[:3] != v.shape[:3]:
+        raise ValueError(f"attend: {shapes}: keys and values must have equal length and heads, [B, S, G, ...]")
+    if q.shape[3] != k.shape[3]:
+        raise ValueError(f"attend: {shapes}: queries and keys must have one head size D")
+    if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
+        raise ValueError(f"attend: {shapes}: the {q.shape[2]} query heads must be a multiple of the {k.shape[2]} key/value heads")
+    if 0 in (q.shape[1], k.shape[1]):
+        raise ValueError(f"attend: {shapes}: at least one query and one key are needed")
+    if not (q.dtype == k.dtype == v.dtype and jnp.issubdtype(q.dtype, jnp.floating)):
+        raise ValueError(f"attend: q {q.dtype}, k {k.dtype}, v {v.dtype}: all three must have one floating type")
+
+
+def _check_options(mask, bias, softcap, dropout) -> None:
+    if not isinstance(mask, masks.Mask):
+        raise ValueError(
+            f"attend: mask is {type(mask).__name__}; give a value of kernels.attention.masks, and what depends on data as "
+            "segment_ids or biases.Dense"
+        )
+    if bias is not None and not isinstance(bias, Bias):
+        raise ValueError(f"attend: bias is {type(bias).__name__}; give a value of kernels.attention.biases, e.g. Dense(table)")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"attend: softcap={softcap}; give a positive number, or None for none")
+    if dropout is not None and not isinstance(dropout, Dropout):
+        raise ValueError(f"attend: dropout is {type(dropout).__name__}; give kernels.attention.Dropout(rate, key)")
+
+
+def _check_bias(bias: Bias, sizes: dict[str, int]) -> None:
+    """Every axis that runs along B, H, L or S has that size or 1."""
+    for leaf, axes in zip(jax.tree.leaves(bias), bias.axes(), strict=True):
+        expected = [sizes.get(name, size) for name, size in zip(axes, leaf.shape)]
+        if len(axes) != leaf.ndim or any(size not in (1, due) for size, due in zip(leaf.shape, expected)):
+            raise ValueError(f"attend: an array of bias {type(bias).__name__} has shape {leaf.shape}; its axes {axes} are {sizes}")
+
+
+def _check_integers(name: str, array, shapes: list[tuple[int, ...]]) -> None:
+    if array is None:
+        return
+    if array.shape not in shapes or not jnp.issubdtype(array.dtype, jnp.integer):
+        expected = " or ".join(map(str, shapes))
+        raise ValueError(f"attend: {name} is {array.dtype} {array.shape}; integers of shape {expected} are expected")

@@ -1,0 +1,120 @@
+"""What happens to a score before the softmax: values that pair a static rule with the arrays it reads or learns.
+
+A bias is a pytree whose leaves are its arrays, so that it goes through `jax.jit` and `jax.grad`, and gradients reach every leaf
+through every implementation. An implementation that works in tiles asks it two things:
+
+- `axes()`: for every leaf, which of its axes run along batch "B", heads "H", queries "L" or keys "S" (None: none of them). The
+  implementation cuts the leaves to its tile, and adds their gradients up, along these. An axis of size 1 is never cut.
+- `score(score, q_pos, kv_pos, head)`: the new scores, on the bias whose leaves have been cut. The arguments have four axes
+  [B, H, L, S], of size 1 where they do not vary; elementwise, so that the rule traces in XLA and inside a kernel.
+
+Scores arrive multiplied by `scale` and soft-capped, and are masked afterwards. A score of -inf is a pair that is not allowed.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+Score = Float[Array, "B H L S"]
+Axes = tuple[str | None, ...]
+
+
+class Bias:
+    """Base of all biases; a subclass is registered as a pytree."""
+
+    def axes(self) -> list[Axes]:
+        """One tuple for each leaf, in the order of `jax.tree.leaves`."""
+        raise NotImplementedError(f"{type(self).__name__} must say which axes of its arrays run along B, H, L and S")
+
+    def score(
+        self, score: Score, q_pos: Int[Array, "_ 1 L 1"], kv_pos: Int[Array, "_ 1 1 S"], head: Int[Array, "1 H 1 1"]
+    ) -> Score:
+        """The scores after this bias, whose arrays have been cut to these scores."""
+        raise NotImplementedError(f"{type(self).__name__} must say what it does to a score")
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["table"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Dense(Bias):
+    """score + table, a table [B, H, L, S] in which any axis may be 1; it is indexed by index, not by position.
+
+    A boolean mask that depends on data and is no segmentation is `Dense(jnp.where(mask, 0.0, -jnp.inf))`. Memory O(L S).
+    """
+
+    table: Any
+
+    def axes(self):
+        return [("B", "H", "L", "S")]
+
+    def score(self, score, q_pos, kv_pos, head):
+        return score + self.table.astype(score.dtype)
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["params"], meta_fields=["fn"])
+@dataclasses.dataclass(frozen=True)
+class Function(Bias):
+    """fn(score, q_pos, kv_pos, head, params): any traced elementwise function, multiplicative forms included.
+
+    `fn` is static: give the same function object each time (a module-level function, not a fresh lambda), or each call
+    compiles again. `params` is a pytree of float arrays, whole in every tile, that gradients reach. For a slope per head,
+
+        def alibi(score, q_pos, kv_pos, head, slopes):
+            return score - slopes[head] * abs(q_pos - kv_pos)
+    """
+
+    fn: Callable[..., Score]
+    params: Any = dataclasses.field(default=())
+
+    def axes(self):
+        return [(None,) * jnp.ndim(leaf) for leaf in jax.tree.leaves(self.params)]
+
+    def score(self, score, q_pos, kv_pos, head):
+        return self.fn(score, q_pos, kv_pos, head, self.params).astype(score.dtype)
+
+
+Windows = dict[str, tuple[Any, int]]
+"""(start, size) of a tile along some of "B", "H", "L", "S"; starts may be traced."""
+
+
+def cut(bias: Bias | None, windows: Windows) -> Bias | None:
+    """The bias with its leaves cut to a tile."""
+    return _map_leaves(bias, bias, lambda leaf, at: jax.lax.dynamic_slice(leaf, *_bounds(leaf, at, windows)))
+
+
+def add_to(total: Bias | None, part: Bias | None, windows: Windows) -> Bias | None:
+    """`total`, gradients of a whole bias, plus `part`, those of the bias that `cut` made with the same windows."""
+    parts = iter(jax.tree.leaves(part))
+
+    def add(leaf, at):
+        starts, sizes = _bounds(leaf, at, windows)
+        old = jax.lax.dynamic_slice(leaf, starts, sizes)
+        return jax.lax.dynamic_update_slice(leaf, old + next(parts).astype(leaf.dtype), starts)
+
+    return _map_leaves(total, part, add)
+
+
+def pad(bias: Bias | None, sizes: dict[str, int]) -> Bias | None:
+    """The bias with zeros at the end of its leaves along the named axes, up to `sizes`."""
+
+    def grow(leaf, at):
+        return jnp.pad(leaf, [(0, sizes[name] - n if name in sizes and n > 1 else 0) for name, n in zip(at, leaf.shape)])
+
+    return _map_leaves(bias, bias, grow)
+
+
+def _map_leaves(bias, rule, fn):
+    leaves, structure = jax.tree.flatten(bias)
+    axes = [] if rule is None else rule.axes()
+    return jax.tree.unflatten(structure, [fn(leaf, at) for leaf, at in zip(leaves, axes, strict=True)])
+
+
+def _bounds(leaf, at: Axes, windows: Windows) -> tuple[list, list[int]]:
+    is_cut = [name in windows and size > 1 for name, size in zip(at, leaf.shape)]
+    starts = [jnp.asarray(windows[name][0] if cut_ else 0, jnp.int32) for name, cut_ in zip(at, is_cut)]
+    sizes = [windows[name][1] if cut_ else size for name, cut_, size in zip(at, is_cut, leaf.shape)]
+    return starts, sizes

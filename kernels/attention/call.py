@@ -1,0 +1,110 @@
+"""One attention call in normal form: what every implementation receives (`Call`), and what decides which can run it (`Spec`)."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from kernels.attention.biases import Bias
+from kernels.attention.masks import Mask
+
+_DATA = ["q", "k", "v", "bias", "q_segments", "kv_segments", "q_positions", "kv_positions", "dropout"]
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=_DATA, meta_fields=["mask", "softcap", "scale"])
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """The arguments of `attend`, checked and completed; what is absent is None.
+
+    q [B, L, H, D], k [B, S, G, D], v [B, S, G, Dv], bias a `Bias`, q_segments [B, L] and kv_segments [B, S], q_positions [1 or B, L]
+    and kv_positions [1 or B, S], dropout a `Dropout`. Positions that are None are the default ones, known before tracing:
+    queries S - L ... S - 1, keys 0 ... S - 1. Being a pytree, the fields have no checked types: JAX rebuilds it around
+    whatever a transformation makes of its leaves.
+    """
+
+    q: Any
+    k: Any
+    v: Any
+    bias: Any
+    q_segments: Any
+    kv_segments: Any
+    q_positions: Any
+    kv_positions: Any
+    dropout: Any
+    mask: Mask
+    softcap: float | None
+    scale: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """The static facts of a call. `bias` is the name of its class; `traced_positions`, that positions were given."""
+
+    batch: int
+    q_length: int
+    kv_length: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    v_head_dim: int
+    dtype: str
+    mask: Mask
+    bias: str | None
+    segment_ids: bool
+    traced_positions: bool
+    softcap: bool
+    dropout: bool
+    return_lse: bool
+    platform: str
+
+
+def spec_of(call: Call, return_lse: bool, platform: str) -> Spec:
+    """The facts of `call`, whose arrays may be `jax.ShapeDtypeStruct`s."""
+    B, L, H, D = call.q.shape
+    return Spec(
+        batch=B,
+        q_length=L,
+        kv_length=call.k.shape[1],
+        heads=H,
+        kv_heads=call.k.shape[2],
+        head_dim=D,
+        v_head_dim=call.v.shape[3],
+        dtype=str(call.q.dtype),
+        mask=call.mask,
+        bias=None if call.bias is None else type(call.bias).__name__,
+        segment_ids=call.q_segments is not None,
+        traced_positions=call.q_positions is not None or call.kv_positions is not None,
+        softcap=call.softcap is not None,
+        dropout=call.dropout is not None,
+        return_lse=return_lse,
+        platform=platform,
+    )
+
+
+def statistics_dtype(dtype) -> jnp.dtype:
+    """The type of scores, softmax statistics and accumulators: float32, or float64 for float64 inputs."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def default_positions(L: int, S: int) -> tuple[Int[Array, "1 L"], Int[Array, "1 S"]]:
+    """Bottom-right alignment: the last query stands at the last key."""
+    return jnp.arange(S - L, S)[None], jnp.arange(S)[None]
+
+
+def transform_scores(
+    call: Call,
+    bias: Bias | None,
+    score: Float[Array, "B H q k"],
+    q_pos: Int[Array, "_ q"],
+    kv_pos: Int[Array, "_ k"],
+) -> Float[Array, "B H q k"]:
+    """Soft-cap, then bias, of scaled scores; the order of Gemma 2 and FlashAttention. `bias` is cut to these scores."""
+    if call.softcap is not None:
+        score = call.softcap * jnp.tanh(score / call.softcap)
+    if bias is None:
+        return score
+    head = jnp.arange(score.shape[1])[None, :, None, None]
+    return bias.score(score, q_pos[:, None, :, None], kv_pos[:, None, None, :], head)

@@ -1,0 +1,55 @@
+"""Dropout on attention weights as a function of coordinates, so that every implementation and tile size drops the same ones."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, UInt32
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["key"], meta_fields=["rate"])
+@dataclasses.dataclass(frozen=True)
+class Dropout:
+    """Zero each attention weight with probability `rate` and divide the rest by 1 - rate (Srivastava et al. 2014).
+
+    The weight of query i and key j, head h, batch row b, is dropped by a hash of (key, b, h, i, j): nothing is stored for the
+    backward pass, and a kernel evaluates it per tile. `rate` is static, 0 <= rate < 1; `key` is a JAX PRNG key. The normaliser
+    (and so the log-sum-exp) is that of the weights before dropping, as in FlashAttention (Dao et al. 2022, algorithm 2).
+    """
+
+    rate: float
+    key: Any
+
+    def __post_init__(self):
+        if not 0 <= self.rate < 1:
+            raise ValueError(f"Dropout(rate={self.rate}): the rate is a probability; use 0 <= rate < 1")
+
+    def keep(self, batch: Int[Array, "b"], head: Int[Array, "h"], q_index: Int[Array, "q"], kv_index: Int[Array, "k"]) -> Bool[
+        Array, "b h q k"
+    ]:
+        """True where the weight is kept; the arguments are indices into the arrays, not positions."""
+        words = _key_words(self.key)
+        seed = _mix(batch[:, None, None].astype(jnp.uint32) ^ words[0])
+        seed = _mix(seed + _mix(head[None, :, None].astype(jnp.uint32) ^ words[-1]))
+        seed = _mix(seed + q_index[None, None, :].astype(jnp.uint32) * np.uint32(0x9E3779B9))
+        bits = _mix(seed[..., None] ^ (kv_index.astype(jnp.uint32) * np.uint32(0x85EBCA6B))[None, None, None, :])
+        return bits >= np.uint32(self.rate * 2**32)
+
+    def scale(self, batch, head, q_index, kv_index) -> Float[Array, "b h q k"]:
+        """What a weight is multiplied by: 1 / (1 - rate) where kept, else 0."""
+        return jnp.where(self.keep(batch, head, q_index, kv_index), np.float32(1 / (1 - self.rate)), np.float32(0))
+
+
+def _key_words(key) -> UInt32[Array, "words"]:
+    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    return (jax.random.key_data(key) if typed else key).astype(jnp.uint32)
+
+
+def _mix(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
+    """A bijection of 32-bit words in which every input bit moves every output bit (the `lowbias32` finaliser of C. Wellons)."""
+    x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)
+    x = (x ^ (x >> 15)) * np.uint32(0x846CA68B)
+    return x ^ (x >> 16)

@@ -1,0 +1,53 @@
+"""The specification of attention: dense, in float32, with every score of the call in memory. Memory O(B H L S)."""
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float
+
+from kernels.attention.call import Call, default_positions, statistics_dtype, transform_scores
+
+
+def allowed_pairs(call: Call) -> Bool[Array, "_ 1 L S"]:
+    """Which pairs the mask and the segments allow."""
+    q_pos, kv_pos = positions(call)
+    allowed = call.mask.allowed(q_pos[:, None, :, None], kv_pos[:, None, None, :])
+    if call.q_segments is not None:
+        allowed = allowed & (call.q_segments[:, None, :, None] == call.kv_segments[:, None, None, :])
+    return allowed
+
+
+def positions(call: Call):
+    """The positions of queries and keys, given or default."""
+    q_pos, kv_pos = default_positions(call.q.shape[1], call.k.shape[1])
+    return (
+        q_pos if call.q_positions is None else call.q_positions,
+        kv_pos if call.kv_positions is None else call.kv_positions,
+    )
+
+
+def attend(call: Call) -> tuple[Float[Array, "B L H Dv"], Float[Array, "B L H"]]:
+    """softmax(transform(scale q k^T)) v (Vaswani et al. 2017, eq. 1), and the log-sum-exp of each row of scores.
+
+    Query head h reads key/value head h // (H / G). A row without an allowed pair gives zeros and -inf.
+    """
+    (B, L, H, D), S, G = call.q.shape, call.k.shape[1], call.k.shape[2]
+    dtype = statistics_dtype(call.q.dtype)
+    q, k, v = (x.astype(dtype) for x in (call.q, call.k, call.v))
+    q = q.reshape(B, L, G, H // G, D)
+    score = call.scale * jnp.einsum("blgrd,bsgd->bgrls", q, k, precision="highest").reshape(B, H, L, S)
+    score = transform_scores(call, call.bias, score, *positions(call))
+    score = jnp.where(allowed_pairs(call), score, -jnp.inf)
+
+    m = lax.stop_gradient(score.max(axis=-1, keepdims=True))
+    m = jnp.where(m == -jnp.inf, 0, m)
+    weights = jnp.exp(score - m)
+    normaliser = weights.sum(axis=-1, keepdims=True)
+    is_empty = normaliser == 0
+    normaliser = jnp.where(is_empty, 1, normaliser)
+    lse = jnp.where(is_empty, -jnp.inf, m + jnp.log(normaliser))[..., 0]
+    weights = weights / normaliser
+    if call.dropout is not None:
+        weights = weights * call.dropout.scale(*(jnp.arange(n) for n in weights.shape)).astype(dtype)
+    weights = weights.reshape(B, G, H // G, L, S)
+    out = jnp.einsum("bgrls,bsgd->blgrd", weights, v, precision="highest").reshape(B, L, H, -1)
+    return out.astype(call.q.dtype), jnp.moveaxis(lse, 1, 2)
