@@ -85,10 +85,8 @@ class Checkpoints:
     earliest step is best, and a value that is not finite never is.
 
     Opening it makes the folder and removes the unfinished saves that a killed run left, so one run at a time may hold it
-    (`workdir.lock`). With `read_only=True` (evaluation beside a live run) nothing on disk is changed.
-
-    Raises:
-      CheckpointError: the folder cannot be written.
+    (`workdir.lock`); raises `CheckpointError` where it cannot write. With `read_only=True` (evaluation beside a live run)
+    nothing on disk is changed.
     """
 
     def __init__(self, directory: pathlib.Path, *, metric: str, mode: Literal["max", "min"], read_only: bool = False):

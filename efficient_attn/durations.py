@@ -8,7 +8,7 @@ from efficient_attn.arguments import ConfigError
 _DURATION = re.compile(r"\s*(\d+(?:\.\d*)?(?:[eE][+-]?\d+)?)\s*(step|epoch|example)s?\s*")
 
 
-def in_steps(duration: str, *, batch_size: int, num_examples: int, field: str) -> int:
+def in_steps(duration: object, *, batch_size: int, num_examples: int, field: str) -> int:
     """The number of train steps in `duration`, rounded up; an epoch is `num_examples` examples.
 
     Raises `ConfigError`, naming `field`, for anything else than a number and one of the three units.

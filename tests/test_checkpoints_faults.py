@@ -110,6 +110,15 @@ def test_nothing_whole_is_none_and_said(open_checkpoints, tmp_path, caplog):
     assert caplog.text.count("seal.json cannot be read (No such file or directory)") == 2
 
 
+def test_damage_done_since_the_last_look_is_noticed(open_checkpoints, tmp_path):
+    checkpoints = open_checkpoints()
+    save_all(checkpoints, {1: None, 2: None})
+    checkpoints.save(3, make_state(3), {})
+    assert checkpoints.restore_latest(make_state(0))[0] == 3  # waits for the save in progress
+    flip_a_bit(tmp_path / "checkpoints" / "3" / "_METADATA")
+    assert checkpoints.restore_latest(make_state(0))[0] == 2
+
+
 def test_an_explicit_restore_of_a_damaged_step_fails(open_checkpoints, tmp_path):
     checkpoints = open_checkpoints()
     save_all(checkpoints, {1: None, 2: None})

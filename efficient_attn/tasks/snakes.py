@@ -209,10 +209,12 @@ class Occupancy:
         return slice(point[0], point[0] + side), slice(point[1], point[1] + side)
 
     def free_pixel(self, degree: int, rng: np.random.Generator) -> Point | None:
-        """A pixel drawn uniformly from those where a paddle at `degree` fits, or None where there are none.
+        """A pixel drawn uniformly from those where a snake may start at `degree`, or None where there are none.
 
         Draws pixels of the whole window first, which finds one at once if there are many; lists all of them if there are few.
         """
+        if not self.geometry.can_start[degree]:
+            return None
         side = self.geometry.spec.window
         for draw in (functools.partial(rng.integers, size=64), rng.permutation):
             y, x = np.divmod(draw(side * side), side)
@@ -309,7 +311,7 @@ def sample_distractor(occupancy: Occupancy, length: int, rng: np.random.Generato
         return None
     for _ in range(PADDLE_TRIES):
         degree = int(rng.integers(360))
-        tail = occupancy.free_pixel(degree, rng) if geometry.can_start[degree] else None
+        tail = occupancy.free_pixel(degree, rng)
         if tail is None:
             return None
         snake = start_snake(geometry, degree, tail)

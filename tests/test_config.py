@@ -1,0 +1,122 @@
+"""Configurations: completed, comparable, overridable, and wrong ones refused; every file in configs/ makes a plan."""
+
+import importlib
+import json
+import pathlib
+
+import pytest
+
+from efficient_attn import models
+from efficient_attn.arguments import ConfigError, arguments_of
+from efficient_attn.config import TrainConfig, differences, experiment, normal_form
+from efficient_attn.mixers import Attention
+from efficient_attn.plan import describe, make_plan
+
+ROOT = pathlib.Path(__file__).parents[1]
+FILES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem not in ("__init__", "recipes"))
+RECIPES = [(name, recipe) for name in FILES for recipe in importlib.import_module(f"configs.{name}").RECIPES]
+NEEDS_DATA_TO_COUNT = {"lm_text"}
+
+
+def small(**changes):
+    recipe = dict(
+        model=dict(depth=1, width=8, mixer=dict(name="softmax", num_heads=2)), train=dict(batch_size=4, duration="3 steps")
+    )
+    for section, values in changes.items():
+        recipe[section] = recipe.get(section, {}) | values
+    return experiment(
+        name="small", task=dict(name="multi_query_recall", vocab_size=128), recipes={"a": recipe}, recipe="a"
+    )
+
+
+@pytest.mark.parametrize("name, recipe", RECIPES)
+def test_every_recipe_makes_a_plan(name, recipe):
+    plan = make_plan(importlib.import_module(f"configs.{name}").get_config(recipe))
+    text = describe(plan)
+    assert plan.total > 0 and f"{plan.total:,} steps" in text and plan.task.name in text
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_file_says_what_to_expect(name):
+    doc = importlib.import_module(f"configs.{name}").__doc__
+    assert f"python train.py --config=configs/{name}.py" in doc
+    assert "ublished" in doc or "xpected" in doc
+    for word in ("time", "step"):
+        assert word in doc, f"configs/{name}.py does not say how long it takes"
+
+
+def test_defaults_of_all_constructors_are_filled_in():
+    config = small()
+    assert set(config.model.mixer.keys()) == {"name", *arguments_of(Attention)}
+    assert set(config.train.keys()) == set(arguments_of(TrainConfig))
+    assert set(config.model.keys()) == set(arguments_of(models.LanguageModel)) - set(models.FROM_TASK) | {"dtype"}
+    assert config.model.mixer.rotation.name == "none" and config.model.mixer.causal is True
+
+
+def test_overrides_reach_the_model():
+    config = small()
+    config.model.mixer.num_kv_heads = 1  # its default is None
+    config.model.mixer.num_heads = 4
+    params = make_plan(config).state.params["layer_0"]["mixer"]
+    assert params["query"]["kernel"].shape == (8, 4, 2) and params["key"]["kernel"].shape == (8, 1, 2)
+    with pytest.raises(AttributeError):
+        config.model.mixer.num_head = 4
+
+
+def test_normal_form_survives_json_and_makes_the_same_plan():
+    config = small(optimizer=dict(rules=((r".*/bias", dict(weight_decay=0.0)), (r".*", {}))))
+    normal = normal_form(config)
+    assert normal == json.loads(json.dumps(normal))
+    assert make_plan(normal).config == make_plan(config).config
+    assert differences(normal, normal_form(small())) == {
+        "optimizer.rules": ([[".*/bias", {"weight_decay": 0.0}], [".*", {}]], [[".*", {}]])
+    }
+
+
+def test_hybrids_are_completed_each():
+    config = small(model=dict(depth=2, mixer=(dict(name="softmax", num_heads=2), dict(name="s5", state_dim=8))))
+    assert [m.name for m in config.model.mixer] == ["softmax", "s5"]
+    assert config.model.mixer[1].dt_min == 0.001 and config.model.mixer[1].causal is True
+    assert "Lambda_re" in make_plan(config).state.params["layer_1"]["mixer"]
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(model=dict(mixer=dict(name="sofmax"))), r"model.mixer.name='sofmax' is unknown \(did you mean 'softmax'\?\)"),
+        (dict(model=dict(mixer=dict(name="softmax", heads=2))), r"model.mixer has no argument 'heads'"),
+        (dict(model=dict(mixer="softmax")), r"model.mixer must be a dict\(name=...\)"),
+        (dict(model=dict(mixer=dict(name="softmax", rotation="rotary"))), r"model.mixer.rotation must be dict\(name=...,"),
+        (dict(model=dict(widht=8)), r"model has no argument 'widht' \(did you mean 'width'\?\)"),
+        (dict(train=dict(batchsize=8)), r"train has no argument 'batchsize' \(did you mean 'batch_size'\?\)"),
+        (dict(optimizer=dict(lr=1)), r"optimizer has no argument 'lr'"),
+        (dict(task=dict(lenght=1)), r"task has no argument 'lenght' \(did you mean 'length'\?\)"),
+        (dict(modell=dict()), r"unknown sections \['modell'\]"),
+    ],
+)
+def test_misspelt_fields_are_errors_with_a_hint(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        small(**changes)
+
+
+def test_missing_recipe_is_an_error():
+    with pytest.raises(ConfigError, match=r"recipe of configs/small.py='b' is unknown; one of: a"):
+        experiment(name="small", task=dict(name="listops"), recipes={"a": {}}, recipe="b")
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(train=dict(batch_size=5, accumulate=2)), r"train.batch_size=5 must be a positive multiple of .* the next one is 6"),
+        (dict(train=dict(duration="3")), r"train.duration='3' is no duration"),
+        (dict(train=dict(duration="0 steps")), r"train.duration='0 steps' is less than one step"),
+        (dict(optimizer=dict(schedule="cos")), r"optimizer.schedule='cos' is unknown \(did you mean 'cosine'\?\)"),
+        (dict(optimizer=dict(rules=((".*/B", {}),))), r"optimizer.rules: no rule matches parameter"),
+        (dict(model=dict(mixer=dict(name="softmax", num_heads=3))), r"width 8 is not divisible by num_heads=3"),
+        (dict(model=dict(mixer=dict(name="softmax", causal=False))), r"a language model needs causal mixers"),
+        (dict(task=dict(num_pairs=40)), r"task: multi_query_recall: .*num_pairs=40"),
+    ],
+)
+def test_what_only_fits_together_wrongly_is_found_before_compiling(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        make_plan(small(**changes))
