@@ -4,7 +4,8 @@
 
 The model and schedule follow nanoGPT's recipe for a CPU (karpathy/nanoGPT, README: 4 layers, width 128, 4 heads, context 64,
 batch 12, 2,000 steps, validation loss 1.88 nats a character on tiny-Shakespeare in about 3 minutes). Rotary positions and
-bytes instead of learned positions and characters are our departures.
+bytes instead of learned positions and characters are our departures, as are context 128 and batch 32. Expected: below 1.95 nats
+a byte on tiny-Shakespeare's validation part, in a time of about five minutes on two CPU cores.
 """
 
 from efficient_attn.config import experiment
@@ -12,7 +13,8 @@ from efficient_attn.config import experiment
 RECIPES = {
     "transformer": {
         "model": dict(
-            depth=4, width=128, feed_forward_width=512, tied=True, mixer=dict(name="softmax", num_heads=4, rotation=dict(name="rotary"))
+            depth=4, width=128, feed_forward_width=512, tied=True,
+            mixer=dict(name="softmax", num_heads=4, rotation=dict(name="rotary")),
         ),
         "optimizer": dict(
             learning_rate=1e-3, schedule="cosine", warmup="100 steps", b2=0.99, weight_decay=0.1, clip_norm=1.0,

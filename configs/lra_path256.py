@@ -3,7 +3,8 @@
     python train.py --config=configs/lra_path256.py --config.task.num_examples=16 --config.train.batch_size=1     a small try
 
 Published test accuracy: block-sparse FlashAttention 63.1 (Dao et al. 2022, table 6, with pretraining on Path-64); the LRA
-repository publishes this recipe for the transformer, whose result is chance. No S5 recipe is published, so there is none here.
+repository publishes this recipe for the transformer, whose result is chance. No time is published, and no S5 recipe, so there is
+none here.
 """
 
 from configs.recipes import lra_transformer

@@ -1,4 +1,4 @@
-"""Selective copying as in Mamba's table 1 (Gu & Dao 2023): 16 data tokens among 4,096 positions of noise, to be repeated in order.
+"""Selective copying as in Mamba's table 1 (Gu & Dao 2023): 16 data tokens among 4,096 positions, to be repeated in order.
 
     python train.py --config=configs/synthetic_copying.py:s5
 

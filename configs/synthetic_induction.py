@@ -1,4 +1,4 @@
-"""Induction heads as in Mamba's table 11 (Gu & Dao 2023): which token followed the trigger, over 256 tokens of a vocabulary of 16.
+"""Induction heads as in Mamba's table 11 (Gu & Dao 2023): which token followed the trigger? 256 tokens of a vocabulary of 16.
 
     python train.py --config=configs/synthetic_induction.py:softmax
 

@@ -1,6 +1,6 @@
 """Multi-query associative recall as published (Arora et al. 2023, "Zoology", figure 2; HazyResearch/zoology).
 
-    python train.py --config=configs/synthetic_recall.py:softmax --config.optimizer.learning_rate=1e-3
+    python train.py --config=configs/synthetic_recall.py --config.optimizer.learning_rate=1e-3
 
 Published: two layers of softmax attention reach >= 99 % at every length and width (the paper sweeps the learning rate over
 1e-4, 4.6e-4, 2.2e-3, 1e-2); models of fixed state need widths that grow with the length. No time is published for one run.

@@ -18,6 +18,9 @@ from efficient_attn import models, optim, positions, tasks
 from efficient_attn.arguments import ConfigError, arguments_of, check_arguments, is_optional, lookup
 from efficient_attn.mixers import MIXERS
 
+Config = Mapping[str, Any] | ml_collections.ConfigDict
+"""A configuration as the config files make it, or its normal form."""
+
 MAY_CHANGE = (
     "train.duration", "train.eval_every", "train.checkpoint_every", "train.log_every", "train.eval_batch_size",
     "train.max_eval_batches", "train.early_stop", "train.tensorboard", "train.wandb", "train.prefetch", "task.data_dir",

@@ -13,7 +13,7 @@ import optax
 
 from efficient_attn import models, optim, sharding, tasks
 from efficient_attn.arguments import ConfigError, lookup
-from efficient_attn.config import TrainConfig, normal_form, section
+from efficient_attn.config import Config, TrainConfig, normal_form, section
 from efficient_attn.durations import in_steps
 from efficient_attn.steps import Batch, TrainState, init_state
 from efficient_attn.tasks.base import Task
@@ -37,7 +37,7 @@ class Plan:
     warmup: int
     eval_every: int
     checkpoint_every: int
-    state: TrainState
+    state: TrainState | None
 
     @property
     def seed(self) -> int:
@@ -53,7 +53,7 @@ class Plan:
         return init_state(self.model, self.tx, self.seed, batch, ema=self.optimizer.ema > 0)
 
 
-def make_plan(config: Mapping[str, Any]) -> Plan:
+def make_plan(config: Config) -> Plan:
     """Build everything that a configuration (a ConfigDict, or its normal form) describes.
 
     Raises `ConfigError` for whatever is wrong with it. Reads no data and compiles nothing.
@@ -150,7 +150,8 @@ def _summary(plan: Plan) -> list[str]:
     batch = nbytes(example_batch(task, train.batch_size))
     epochs = plan.total * train.batch_size / sizes["train"]
     return [
-        f"task        {task.name}: {sizes['train']:,} train, {sizes['valid']:,} valid, {sizes['test']:,} test; length {task.length:,}",
+        f"task        {task.name}",
+        f"splits      {sizes['train']:,} train, {sizes['valid']:,} valid, {sizes['test']:,} test; length {task.length:,}",
         f"data        {task.cost()}",
         f"parameters  {num_parameters(plan):,} ({nbytes(plan.state.params) / 2**20:.1f} MiB); "
         f"train state {nbytes(plan.state) / 2**20:.1f} MiB; batch {batch / 2**20:.1f} MiB; activations come on top",

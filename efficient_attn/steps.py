@@ -1,5 +1,6 @@
 """The pure functions of training: state, loss, train step, eval step."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -7,13 +8,13 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, UInt
+from jaxtyping import Array, Bool, Float, Int
 
 from efficient_attn.mixers.context import Context
 
 PyTree = Any
-Batch = dict[str, jax.Array]
-Sums = dict[str, tuple[jax.Array, jax.Array]]
+Batch = Mapping[str, Any]
+Sums = dict[str, tuple[Any, Any]]
 
 TRANSIENT = ("losses", "intermediates", "cache")
 """Collections that a step may write and the state does not keep."""
@@ -23,16 +24,16 @@ TRANSIENT = ("losses", "intermediates", "cache")
 class TrainState:
     """All that training changes, and the key its randomness comes from.
 
-    step: optimiser steps taken. variables: the model's mutable collections (batch statistics and the like).
-    ema: running average of the parameters, or None. rng: key data; step t draws from fold_in(rng, t).
+    step: optimiser steps taken, int32 []. variables: the model's mutable collections (batch statistics and the like).
+    ema: running average of the parameters, or None. rng: key data, uint32 [2]; step t draws from fold_in(rng, t).
     """
 
-    step: Int[Array, ""]
+    step: Any
     params: PyTree
     opt_state: PyTree
     variables: PyTree
     ema: PyTree | None
-    rng: UInt[Array, "2"]
+    rng: Any
 
     def evaluated(self) -> PyTree:
         """The variables that evaluation uses: averaged parameters where there are any."""
@@ -134,3 +135,9 @@ def eval_step(model: nn.Module, variables: PyTree, batch: Batch) -> Sums:
     """Sums of loss and accuracy on one batch, nothing dropped out, running batch statistics."""
     logits = model.apply(variables, batch["inputs"], context(batch, train=False))
     return cross_entropy(logits, batch["targets"], batch["weights"])
+
+
+def all_finite(tree: PyTree) -> Bool[Array, ""]:
+    """Whether every floating-point number in `tree` is finite."""
+    leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in leaves]))

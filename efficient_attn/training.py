@@ -6,7 +6,7 @@ import functools
 import math
 import pathlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -16,11 +16,11 @@ from jax.sharding import Mesh
 from efficient_attn import optim, preemption, sharding, workdir
 from efficient_attn.arguments import ConfigError
 from efficient_attn.checkpoints import Checkpoints
-from efficient_attn.config import MAY_CHANGE, differences
+from efficient_attn.config import MAY_CHANGE, Config, differences
 from efficient_attn.display import Display, open_displays
 from efficient_attn.metrics import Window, first_non_finite
 from efficient_attn.plan import Plan, describe, make_plan
-from efficient_attn.steps import TrainState, eval_step, train_step
+from efficient_attn.steps import TrainState, all_finite, eval_step, train_step
 from efficient_attn.tasks.pipeline import eval_batches, train_batches
 
 PyTree = Any
@@ -59,7 +59,8 @@ class Progress:
             self.evaluations_since_best += 1
 
 
-def train_and_evaluate(config: Mapping[str, Any], folder: pathlib.Path, *, profile_steps: int = 0) -> tuple[TrainState, Progress]:
+def train_and_evaluate(
+    config: Config, folder: pathlib.Path, *, profile_steps: int = 0) -> tuple[TrainState, Progress]:
     """Train `config` in `folder`, from its newest whole checkpoint if it has one; returns the final state.
 
     Writes run.json, metrics.jsonl, checkpoints/ and tensorboard/ there. The same call on the same devices continues an
@@ -181,6 +182,7 @@ class Loop:
         options = {"label_smoothing": plan.train.label_smoothing, "accumulate": plan.train.accumulate, "ema": plan.optimizer.ema}
         self.train_step = jax.jit(functools.partial(train_step, plan.model, plan.tx, **options), donate_argnums=0)
         self.eval_step = jax.jit(functools.partial(eval_step, plan.model))
+        self.all_finite = jax.jit(all_finite)
         self.learning_rate = optim.learning_rate(plan.optimizer, plan.warmup, plan.total)
         self.valid = plan.task.source("valid")
         self.pending = None  # (step, its sums, still on the device)
@@ -196,15 +198,21 @@ class Loop:
         )  # fmt: skip
         with contextlib.closing(batches):
             self.clock.start()
-            while step < self.plan.total and not self.progress.finished:
-                profiler.at(step)
-                with self.clock.waiting():
-                    batch = next(batches)
-                state, sums = self.train_step(state, sharding.put_batch(batch, self.mesh))
-                step += 1
-                self.collect()
-                self.pending = (step, sums)
-                self.between_steps(step, state)
+            return self.steps(state, batches, self.plan.total - step, profiler)
+
+    def steps(self, state: TrainState, batches: Iterator, count: int, profiler: Profiler) -> TrainState:
+        """At most `count` steps from `state` on, with all that is due between them."""
+        first = int(state.step)
+        for step in range(first + 1, first + count + 1):
+            if self.progress.finished:
+                break
+            profiler.at(step - 1)
+            with self.clock.waiting():
+                batch = next(batches)
+            state, sums = self.train_step(state, sharding.put_batch(batch, self.mesh))
+            self.collect()
+            self.pending = (step, sums)
+            self.between_steps(step, state)
         return state
 
     def between_steps(self, step: int, state: TrainState) -> None:
@@ -277,6 +285,8 @@ class Loop:
 
     def save(self, step: int, state: TrainState, metrics: Mapping[str, float] | None) -> None:
         with self.clock.paused():
+            if not self.all_finite(state):
+                raise TrainingDiverged(f"the state after step {step} is not finite; nothing of it was saved")
             self.checkpoints.save(step, state, self.progress.to_json(), metrics)
 
 

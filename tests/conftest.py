@@ -1,18 +1,16 @@
 """Shared set-up: run-time shape checking, strict rank promotion, and where the oracle arrays lie."""
 
 import os
-
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-
-from jaxtyping import install_import_hook
-
-install_import_hook(["kernels", "efficient_attn"], "beartype.beartype")
-
 import pathlib
 
 import jax
 import pytest
+from jaxtyping import install_import_hook
 
+install_import_hook(["kernels", "efficient_attn"], "beartype.beartype")
+
+if "JAX_PLATFORMS" not in os.environ:
+    jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 ORACLE_DIR = pathlib.Path(os.environ.get("ORACLE_DIR", pathlib.Path(__file__).parent / "oracles"))

@@ -9,9 +9,9 @@ from efficient_attn.optim import OptimizerConfig
 
 def test_lookup_names_the_table_and_the_nearest():
     assert lookup({"a": 1}, "a", "field") == 1
-    with pytest.raises(ConfigError, match=r"task.name='listop' is unknown \(did you mean 'listops'\?\); one of: listops, text"):
+    with pytest.raises(ConfigError, match=r"task\.name='listop' is unknown \(did you mean 'listops'\?\); one of: listops, text"):
         lookup({"text": 0, "listops": 1}, "listop", "task.name")
-    with pytest.raises(ConfigError, match="task.name=None"):
+    with pytest.raises(ConfigError, match=r"task\.name=None"):
         lookup({"text": 0}, None, "task.name")
 
 

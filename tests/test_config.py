@@ -3,6 +3,7 @@
 import importlib
 import json
 import pathlib
+import re
 
 import pytest
 
@@ -24,9 +25,7 @@ def small(**changes):
     )
     for section, values in changes.items():
         recipe[section] = recipe.get(section, {}) | values
-    return experiment(
-        name="small", task=dict(name="multi_query_recall", vocab_size=128), recipes={"a": recipe}, recipe="a"
-    )
+    return experiment(name="small", task=dict(name="multi_query_recall", vocab_size=128), recipes={"a": recipe}, recipe="a")
 
 
 @pytest.mark.parametrize("name, recipe", RECIPES)
@@ -40,9 +39,7 @@ def test_every_recipe_makes_a_plan(name, recipe):
 def test_every_file_says_what_to_expect(name):
     doc = importlib.import_module(f"configs.{name}").__doc__
     assert f"python train.py --config=configs/{name}.py" in doc
-    assert "ublished" in doc or "xpected" in doc
-    for word in ("time", "step"):
-        assert word in doc, f"configs/{name}.py does not say how long it takes"
+    assert re.search("[Pp]ublished|[Ee]xpected", doc) and "time" in doc
 
 
 def test_defaults_of_all_constructors_are_filled_in():
@@ -75,8 +72,8 @@ def test_normal_form_survives_json_and_makes_the_same_plan():
 
 def test_hybrids_are_completed_each():
     config = small(model=dict(depth=2, mixer=(dict(name="softmax", num_heads=2), dict(name="s5", state_dim=8))))
-    assert [m.name for m in config.model.mixer] == ["softmax", "s5"]
-    assert config.model.mixer[1].dt_min == 0.001 and config.model.mixer[1].causal is True
+    assert [m["name"] for m in config.model.mixer] == ["softmax", "s5"]
+    assert config.model.mixer[1]["dt_min"] == 0.001 and config.model.mixer[1]["causal"] is True
     assert "Lambda_re" in make_plan(config).state.params["layer_1"]["mixer"]
 
 

@@ -8,7 +8,15 @@ from efficient_attn.durations import in_steps
 
 @pytest.mark.parametrize(
     "text, steps",
-    [("7 steps", 7), ("1 step", 1), ("2 epochs", 20), ("0.5 epoch", 5), ("1e3 examples", 100), ("95 examples", 10), ("0 steps", 0)],
+    [
+        ("7 steps", 7),
+        ("1 step", 1),
+        ("2 epochs", 20),
+        ("0.5 epoch", 5),
+        ("1e3 examples", 100),
+        ("95 examples", 10),
+        ("0 steps", 0),
+    ],
 )
 def test_units(text, steps):
     assert in_steps(text, batch_size=10, num_examples=100, field="f") == steps

@@ -66,7 +66,7 @@ def test_wrong_rules_are_errors(rules, message):
 def updates_of(tx, steps=3):
     params, state = PARAMS, tx.init(PARAMS)
     for i in range(steps):
-        gradients = jax.tree.map(lambda p: (i + 1.0) * p, params)
+        gradients = jax.tree.map(lambda p, scale=i + 1.0: scale * p, params)
         updates, state = tx.update(gradients, state, params)
         params = optax.apply_updates(params, updates)
     return params

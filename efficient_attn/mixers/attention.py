@@ -16,11 +16,9 @@ from kernels.attention import Dropout, attend, masks
 AttentionFunction = Callable[..., Float[Array, "B L H Dv"]]
 
 
-def softmax(q, k, v, *, mask, segment_ids=None, q_positions=None, kv_positions=None, dropout=None):
-    """Exact softmax attention (Vaswani et al. 2017, eq. 1), computed by whatever implementation suits the platform."""
-    return attend(
-        q, k, v, mask=mask, segment_ids=segment_ids, q_positions=q_positions, kv_positions=kv_positions, dropout=dropout
-    )  # fmt: skip
+def softmax(q, k, v, **options):
+    """Exact softmax attention (Vaswani et al. 2017, eq. 1); options are those of `kernels.attention.attend`."""
+    return attend(q, k, v, **options)
 
 
 class Attention(nn.Module):
@@ -33,6 +31,7 @@ class Attention(nn.Module):
     rotation: what is done to queries and keys, by name from `positions.ROTATIONS`.
     dropout: rate on attention weights while training.
     use_bias: biases on the four projections.
+    implementation: of `kernels.attention.attend`; None means the fastest for the platform.
     function: the mechanism, chosen by the entry in `MIXERS`.
     """
 
@@ -43,6 +42,7 @@ class Attention(nn.Module):
     rotation: Mapping = FrozenDict(name="none")
     dropout: float = 0.0
     use_bias: bool = True
+    implementation: str | None = None
     function: AttentionFunction = softmax
     dtype: Dtype = jnp.float32
 
@@ -54,12 +54,12 @@ class Attention(nn.Module):
         v = self._dense((kv_heads, head_dim), "value")(x)
         positions = ctx.positions_or_default(*x.shape[:2])
         dropout = Dropout(self.dropout, self.make_rng("dropout")) if ctx.train and self.dropout else None
-        mask = masks.Causal() if self.causal else masks.Full()
+        options = dict(mask=masks.Causal() if self.causal else masks.Full(), implementation=self.implementation)
         if ctx.decode:
-            out = self._decode(q, k, v, mask)
+            out = self._decode(q, k, v, options)
         else:
             q, k = self._rotate(q, positions), self._rotate(k, positions)
-            out = self.function(q, k, v, mask=mask, segment_ids=ctx.groups(), dropout=dropout)
+            out = self.function(q, k, v, segment_ids=ctx.groups(), dropout=dropout, **options)
         return self._dense(x.shape[-1], "out", axis=(-2, -1))(out)
 
     def _sizes(self, width: int) -> tuple[int, int, int]:
@@ -78,7 +78,7 @@ class Attention(nn.Module):
         arguments = dict(self.rotation)
         return ROTATIONS[arguments.pop("name")](**arguments)(x, positions)
 
-    def _decode(self, q, k, v, mask):
+    def _decode(self, q, k, v, options):
         """Append a chunk of keys and values to the cache and attend all of it.
 
         Rows may stand at different positions. Slots not yet written lie after every query, so causality hides them.
@@ -91,7 +91,7 @@ class Attention(nn.Module):
         values = self.variable("cache", "cached_value", jnp.zeros, v.shape, v.dtype)
         index = self.variable("cache", "cache_index", jnp.zeros, (k.shape[0],), jnp.int32)
         if not is_filled:
-            return self.function(q, k, v, mask=mask)
+            return self.function(q, k, v, **options)
         positions = index.value[:, None] + jnp.arange(q.shape[1], dtype=jnp.int32)[None, :]
         write = jax.vmap(lambda cache, new, start: jax.lax.dynamic_update_slice(cache, new, (start, 0, 0)))
         keys.value = write(keys.value, self._rotate(k, positions), index.value)
@@ -99,4 +99,4 @@ class Attention(nn.Module):
         index.value = index.value + q.shape[1]
         slots = jnp.broadcast_to(jnp.arange(keys.value.shape[1], dtype=jnp.int32), keys.value.shape[:2])
         q = self._rotate(q, positions)
-        return self.function(q, keys.value, values.value, mask=mask, q_positions=positions, kv_positions=slots)
+        return self.function(q, keys.value, values.value, q_positions=positions, kv_positions=slots, **options)

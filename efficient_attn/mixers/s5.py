@@ -71,6 +71,7 @@ class S5(nn.Module):
     clip_eigs: keep Re(Lambda) <= -1e-4, so that the state cannot grow.
     activation: one of `ACTIVATIONS`; the layer's only nonlinearity.
     dropout: rate after the activation and after the gate, whole channels at a time as the released code does.
+    implementation: of `kernels.scan.linear_scan`; None means the fastest for the platform.
 
     Masked positions enter as u = 0 and the state is dropped where a segment starts. States are complex64 whatever
     `dtype` is. The released code keeps all of n in `state_dim` too ("ssm_size_base").
@@ -85,6 +86,7 @@ class S5(nn.Module):
     clip_eigs: bool = False
     activation: str = "half_glu1"
     dropout: float = 0.0
+    implementation: str | None = None
     dtype: Dtype = jnp.float32
 
     @nn.compact
@@ -113,11 +115,14 @@ class S5(nn.Module):
 
     def _states(self, Lambda_bar, Bu, ctx: Context):
         starts = _segment_starts(ctx.segment_ids)
-        forward, _ = linear_scan(Lambda_bar, Bu, reset=starts)
+        forward, _ = self._scan(Lambda_bar, Bu, reset=starts)
         if self.causal:
             return forward
-        backward, _ = linear_scan(Lambda_bar, Bu, reset=starts, reverse=True)
+        backward, _ = self._scan(Lambda_bar, Bu, reset=starts, reverse=True)
         return jnp.concatenate([forward, backward], axis=-1)
+
+    def _scan(self, Lambda_bar, Bu, **options):
+        return linear_scan(Lambda_bar, Bu, implementation=self.implementation, **options)
 
     def _decode(self, Lambda_bar, Bu):
         """Continue from the cached state by one chunk; the cache is [B, P] complex64 whatever the length."""
@@ -125,7 +130,7 @@ class S5(nn.Module):
             raise ValueError("only a causal S5 decodes token by token; set causal=True")
         is_filled = self.has_variable("cache", "state")
         state = self.variable("cache", "state", jnp.zeros, (Bu.shape[0], Bu.shape[2]), Bu.dtype)
-        states, last = linear_scan(Lambda_bar, Bu, h0=state.value)
+        states, last = self._scan(Lambda_bar, Bu, h0=state.value)
         if is_filled:
             state.value = last
         return states

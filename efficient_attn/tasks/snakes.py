@@ -124,10 +124,12 @@ class Geometry:
     Two quirks of the original generator shape its images and are kept. The footprint is taken one pixel down and right of where
     the paddle will lie. And it finds no free pixel at all (its dilation gives a negative value) where the footprint of some
     pixel of the window would lie wholly outside, so that only the degrees of `can_start` occur: 30 of 360 at resolution 32,
-    95 at 64, nearly all above. `central` are those at which the first snake finds room in the centre.
+    95 at 64, nearly all above. `central` lists those at which the first snake finds room in the centre, and where.
 
     `ahead[a]` are the numbers k of the circle's pixels that can follow angle a, `weight[a]` their weights, and `near[a]` the
     flat offsets of the pixels within `margin` of each in a map of row length `stride`.
+
+    A map is a window in a frame of width `reach`: `inside` is the window, `border` the occupancy before anything is laid.
     """
 
     def __init__(self, spec: Spec, margin: int):
@@ -135,6 +137,9 @@ class Geometry:
         self.step = spec.paddle_length + margin
         self.reach = self.step + math.ceil(spec.paddle_thickness)
         self.stride = spec.window + 2 * self.reach
+        self.inside = np.pad(np.ones((spec.window, spec.window), bool), self.reach)
+        free = np.pad(np.ones((spec.window - 2 * spec.padding,) * 2, bool), self.reach + spec.padding)
+        self.border = np.where(self.inside & ~free, FULL, 0).astype(np.int16)
         self.circle = circle_pixels(self.step)
         directions = np.arctan2(self.circle[:, 0], self.circle[:, 1])
         degrees = np.arange(-180, 180) * np.pi / 180
@@ -149,13 +154,15 @@ class Geometry:
         offsets = [np.argwhere(zone == FULL) - self.reach + 1 for _, zone in stamps[:360]]
         self.footprint = [each[np.abs(each).max(axis=1) <= self.step] for each in offsets]
         self.can_start = np.array([self._stays_inside(each) for each in self.footprint])
-        fits = [np.less(*self.central_box(degree)).all() for degree in range(360)]
-        self.central = np.flatnonzero(self.can_start & fits)
+        self.central = [
+            (degree, box) for degree in np.flatnonzero(self.can_start).tolist() if all(box := self._central_box(degree))
+        ]
 
-    def central_box(self, degree: int) -> tuple[np.ndarray, np.ndarray]:
-        """First and past-the-end (y, x) of the tails whose footprint stays twice `seed_distance` away from every border."""
-        border = 2 * self.spec.seed_distance
-        return border - self.footprint[degree].min(axis=0), self.spec.window - border - self.footprint[degree].max(axis=0)
+    def _central_box(self, degree: int) -> tuple[range, range]:
+        """Rows and columns of the tails whose footprint stays twice `seed_distance` away from every border."""
+        border, offsets = 2 * self.spec.seed_distance, self.footprint[degree]
+        low, high = border - offsets.min(axis=0), self.spec.window - border - offsets.max(axis=0)
+        return range(low[0], high[0]), range(low[1], high[1])
 
     @staticmethod
     def _stays_inside(offsets: np.ndarray) -> bool:
@@ -182,14 +189,9 @@ class Occupancy:
     """Map of taken pixels: levels 0..255 in the window, and always 0 in a frame of width `reach` around it."""
 
     def __init__(self, geometry: Geometry):
-        self.geometry, window, reach = geometry, geometry.spec.window, geometry.reach
-        inner = slice(reach, reach + window)
-        self.inside = np.zeros((geometry.stride, geometry.stride), bool)
-        self.inside[inner, inner] = True
-        free = slice(reach + geometry.spec.padding, reach + window - geometry.spec.padding)
-        self.levels = np.where(self.inside, FULL, 0).astype(np.int16)
-        self.levels[free, free] = 0
-        self.window = self.levels[inner, inner]
+        self.geometry = geometry
+        self.levels = geometry.border.copy()
+        self.window = self.levels[geometry.reach : -geometry.reach, geometry.reach : -geometry.reach]
 
     def index(self, y: int | np.ndarray, x: int | np.ndarray) -> int | np.ndarray:
         """Flat indices of pixels."""
@@ -202,7 +204,7 @@ class Occupancy:
     def take(self, angle: int, point: Point) -> None:
         """Mark the pixels of a paddle as taken."""
         crop = self._crop(point)
-        np.maximum(self.levels[crop], self.geometry.occupancy[angle], out=self.levels[crop], where=self.inside[crop])
+        np.maximum(self.levels[crop], self.geometry.occupancy[angle], out=self.levels[crop], where=self.geometry.inside[crop])
 
     def _crop(self, point: Point) -> tuple[slice, slice]:
         side = 2 * self.geometry.reach + 1
@@ -290,9 +292,9 @@ def sample_targets(occupancy: Occupancy, contour_length: int, rng: np.random.Gen
     wherever that is (so no start can leave the window). The last paddle of the first snake is never marked as taken.
     """
     geometry = occupancy.geometry
-    spec, degree = geometry.spec, int(rng.choice(geometry.central))
-    low, high = geometry.central_box(degree)
-    y, x = map(int, rng.integers(low, high))
+    spec = geometry.spec
+    degree, (rows, columns) = geometry.central[rng.integers(len(geometry.central))]
+    y, x = rows[rng.integers(len(rows))], columns[rng.integers(len(columns))]
     bearing = int(rng.integers(360)) * math.pi / 180
     other = (round(y + spec.seed_distance * math.sin(bearing)), round(x + spec.seed_distance * math.cos(bearing)))
     snakes = start_snake(geometry, degree, (y, x)), start_snake(geometry, int(rng.integers(360)), other)

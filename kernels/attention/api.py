@@ -168,7 +168,9 @@ def _check_bias(bias: Bias, sizes: dict[str, int]) -> None:
     for leaf, axes in zip(jax.tree.leaves(bias), bias.axes(), strict=True):
         expected = [sizes.get(name, size) for name, size in zip(axes, leaf.shape)]
         if len(axes) != leaf.ndim or any(size not in (1, due) for size, due in zip(leaf.shape, expected)):
-            raise ValueError(f"attend: an array of bias {type(bias).__name__} has shape {leaf.shape}; its axes {axes} are {sizes}")
+            raise ValueError(
+                f"attend: an array of bias {type(bias).__name__} has shape {leaf.shape}; its axes {axes} are {sizes}"
+            )
 
 
 def _check_integers(name: str, array, shapes: list[tuple[int, ...]]) -> None:

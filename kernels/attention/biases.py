@@ -102,7 +102,8 @@ def pad(bias: Bias | None, sizes: dict[str, int]) -> Bias | None:
     """The bias with zeros at the end of its leaves along the named axes, up to `sizes`."""
 
     def grow(leaf, at):
-        return jnp.pad(leaf, [(0, sizes[name] - n if name in sizes and n > 1 else 0) for name, n in zip(at, leaf.shape)])
+        ends = [sizes[name] - n if name in sizes and n > 1 else 0 for name, n in zip(at, leaf.shape)]
+        return jax.lax.pad(leaf, jnp.zeros((), leaf.dtype), [(0, end, 0) for end in ends])
 
     return _map_leaves(bias, bias, grow)
 

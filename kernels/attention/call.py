@@ -19,9 +19,9 @@ _DATA = ["q", "k", "v", "bias", "q_segments", "kv_segments", "q_positions", "kv_
 class Call:
     """The arguments of `attend`, checked and completed; what is absent is None.
 
-    q [B, L, H, D], k [B, S, G, D], v [B, S, G, Dv], bias a `Bias`, q_segments [B, L] and kv_segments [B, S], q_positions [1 or B, L]
-    and kv_positions [1 or B, S], dropout a `Dropout`. Positions that are None are the default ones, known before tracing:
-    queries S - L ... S - 1, keys 0 ... S - 1. Being a pytree, the fields have no checked types: JAX rebuilds it around
+    q [B, L, H, D], k [B, S, G, D], v [B, S, G, Dv], bias a `Bias`, q_segments [B, L] and kv_segments [B, S], q_positions
+    [1 or B, L] and kv_positions [1 or B, S], dropout a `Dropout`. Positions that are None are the default ones, known before
+    tracing: queries S - L ... S - 1, keys 0 ... S - 1. The fields of a pytree have no checked types: JAX rebuilds it around
     whatever a transformation makes of its leaves.
     """
 

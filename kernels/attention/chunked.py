@@ -119,7 +119,7 @@ def _attend_backward(tiling: Tiling, residuals, cotangents) -> tuple[Call]:
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, dtype), (call.k, call.v, call.bias))
     row = functools.partial(_backward_row, tiling, call, lse, dout, delta)
     (dk, dv, dbias), dq = lax.scan(row, zeros, jnp.arange(tiling.rows, dtype=jnp.int32))
-    no_gradient = {name: None for name in ("q_segments", "kv_segments", "q_positions", "kv_positions", "dropout")}
+    no_gradient = dict.fromkeys(("q_segments", "kv_segments", "q_positions", "kv_positions", "dropout"))
     gradients = {"q": _join_rows(dq, axis=3), "k": dk.astype(call.k.dtype), "v": dv.astype(call.v.dtype)}
     dbias = jax.tree.map(lambda d, x: d.astype(x.dtype), dbias, call.bias)
     return (dataclasses.replace(call, **gradients, bias=dbias, **no_gradient),)

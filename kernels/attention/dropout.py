@@ -27,9 +27,9 @@ class Dropout:
         if not 0 <= self.rate < 1:
             raise ValueError(f"Dropout(rate={self.rate}): the rate is a probability; use 0 <= rate < 1")
 
-    def keep(self, batch: Int[Array, "b"], head: Int[Array, "h"], q_index: Int[Array, "q"], kv_index: Int[Array, "k"]) -> Bool[
-        Array, "b h q k"
-    ]:
+    def keep(
+        self, batch: Int[Array, "b"], head: Int[Array, "h"], q_index: Int[Array, "q"], kv_index: Int[Array, "k"]
+    ) -> Bool[Array, "b h q k"]:
         """True where the weight is kept; the arguments are indices into the arrays, not positions."""
         words = _key_words(self.key)
         seed = _mix(batch[:, None, None].astype(jnp.uint32) ^ words[0])

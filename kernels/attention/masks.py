@@ -55,7 +55,7 @@ class Full(Mask):
     """Every pair."""
 
     def allowed(self, q_pos, kv_pos):
-        return (q_pos == q_pos) & (kv_pos == kv_pos)  # noqa: PLR0124 - true everywhere, in the shape and kind of array given
+        return (q_pos == q_pos) & (kv_pos == kv_pos)  # true everywhere, in the shape and kind of the arrays given
 
     def tile(self, q_lo, q_hi, kv_lo, kv_hi):
         return FULL + 0 * (q_lo + kv_lo)

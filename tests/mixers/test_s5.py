@@ -91,9 +91,7 @@ def test_published_initial_scales():
     assert 0.001 <= steps.min() < 0.004 and 0.025 < steps.max() <= 0.1
     # LeCun normal of a [E, n, 2] array has fan-in n * E, as in the released code; the row-wise one has fan-in n
     np.testing.assert_allclose(np.mean(np.sum(p["C"] ** 2, axis=-1)), 2 / (64 * 256), rtol=0.1)
-    rows = S5(state_dim=64, blocks=4, C_init="trunc_standard_normal").init(
-        jax.random.key(0), jnp.zeros((1, 4, 256)), Context()
-    )
+    rows = S5(state_dim=64, blocks=4, C_init="trunc_standard_normal").init(jax.random.key(0), jnp.zeros((1, 4, 256)), Context())
     np.testing.assert_allclose(np.mean(np.sum(rows["params"]["C"] ** 2, axis=-1)), 2 / 64, rtol=0.1)
 
 

@@ -90,7 +90,9 @@ def test_matcher_ties_its_towers():
     hidden = [single.apply(variables, x[:, i], Context(mask=mask[:, i]), method="summarise") for i in (0, 1)]
     features = jnp.concatenate([*hidden, hidden[0] * hidden[1], hidden[0] - hidden[1]], axis=-1)
     p = variables["params"]
-    by_hand = jax.nn.relu(features @ p["match"]["kernel"] + p["match"]["bias"][None]) @ p["head"]["kernel"] + p["head"]["bias"][None]
+    by_hand = (
+        jax.nn.relu(features @ p["match"]["kernel"] + p["match"]["bias"][None]) @ p["head"]["kernel"] + p["head"]["bias"][None]
+    )
     np.testing.assert_allclose(y, by_hand, atol=1e-5)
 
 
@@ -126,7 +128,9 @@ def test_feed_forwards_and_norm_order(kind, prenorm):
 
 def test_post_norm_normalises_what_a_block_returns():
     model, variables = make(SHORT, prenorm=False, final_norm=False, depth=1)
-    x = model.apply(variables, tokens(2, 40), Context(), method=lambda m, x, c: m.blocks(m.add_positions(m.input_layer()(x), c), c))
+    x = model.apply(
+        variables, tokens(2, 40), Context(), method=lambda m, x, c: m.blocks(m.add_positions(m.input_layer()(x), c), c)
+    )
     np.testing.assert_allclose(jnp.mean(x, axis=-1), 0.0, atol=1e-5)
     np.testing.assert_allclose(jnp.std(x, axis=-1), 1.0, atol=1e-3)
 

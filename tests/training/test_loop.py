@@ -55,7 +55,7 @@ def stop_at(workdir, step: int, number: signal.Signals):
         if line.startswith(f"step {step}/"):
             process.send_signal(number)
             break
-    out, err = process.communicate(timeout=300)
+    _, err = process.communicate(timeout=300)
     return process.returncode, err
 
 
@@ -199,7 +199,10 @@ def test_early_stop_ends_the_run_and_stays_ended(tmp_path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--config=configs/quickstart.py:sofmax"], "recipe of configs/quickstart.py='sofmax' is unknown (did you mean 'softmax'?)"),
+        (
+            ["--config=configs/quickstart.py:sofmax"],
+            "recipe of configs/quickstart.py='sofmax' is unknown (did you mean 'softmax'?)",
+        ),
         (["--config=configs/quickstat.py"], "configs/quickstat.py"),
         (["--config=configs/quickstart.py", "--config.model.widht=3"], "did you mean 'model.width'?"),
         (["--config=configs/quickstart.py", "--config.model.mixer.num_head=3"], "did you mean 'model.mixer.num_heads'?"),
