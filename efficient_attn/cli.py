@@ -34,6 +34,8 @@ def run(main: Callable[[], None]) -> None:
             main()
         except tuple(EXIT_CODES) as error:
             _fail(f"{error}", EXIT_CODES[type(error)])
+        except KeyboardInterrupt:
+            _fail("interrupted; the same command continues", 130)
 
     logging.set_verbosity(logging.WARNING)
     logging.use_absl_handler()

@@ -105,7 +105,7 @@ def experiment(
         "optimizer": _complete(optim.OptimizerConfig, chosen.get("optimizer", {}), "optimizer"),
         "train": _complete(TrainConfig, {**(train or {}), **chosen.get("train", {})}, "train"),
     }  # fmt: skip
-    return ml_collections.ConfigDict(config, convert_dict=True)
+    return ml_collections.ConfigDict(config, convert_dict=True).lock()
 
 
 def _without_name(section: Mapping[str, Any]) -> dict[str, Any]:

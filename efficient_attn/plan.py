@@ -2,12 +2,14 @@
 
 import dataclasses
 import functools
+import importlib.util
 import math
 from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -49,7 +51,7 @@ class Plan:
 
     def init_state(self) -> TrainState:
         """A fresh state. To be jitted."""
-        batch = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), example_batch(self.task, jax.device_count()))
+        batch = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), example_batch(self.task, 1))
         return init_state(self.model, self.tx, self.seed, batch, ema=self.optimizer.ema > 0)
 
 
@@ -66,6 +68,8 @@ def make_plan(config: Config) -> Plan:
     train = _construct(TrainConfig, config["train"], "train")
     sharding.check_divisible(train.batch_size, train.accumulate, "train.batch_size")
     sharding.check_divisible(train.eval_batch_size or train.batch_size, 1, "train.eval_batch_size")
+    if train.wandb and importlib.util.find_spec("wandb") is None:
+        raise ConfigError("train.wandb=True needs the wandb package: pip install wandb")
     model = models.build(config["model"], task)
 
     def steps(duration: str, field: str) -> int:

@@ -59,8 +59,7 @@ class Progress:
             self.evaluations_since_best += 1
 
 
-def train_and_evaluate(
-    config: Config, folder: pathlib.Path, *, profile_steps: int = 0) -> tuple[TrainState, Progress]:
+def train_and_evaluate(config: Config, folder: pathlib.Path, *, profile_steps: int = 0) -> tuple[TrainState, Progress]:
     """Train `config` in `folder`, from its newest whole checkpoint if it has one; returns the final state.
 
     Writes run.json, metrics.jsonl, checkpoints/ and tensorboard/ there. The same call on the same devices continues an

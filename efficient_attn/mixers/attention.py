@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from efficient_attn.mixers.context import Context
 from efficient_attn.positions import ROTATIONS
 from kernels.attention import Dropout, attend, masks
+from kernels.matmul import dot_general
 
 AttentionFunction = Callable[..., Float[Array, "B L H Dv"]]
 
@@ -72,7 +73,9 @@ class Attention(nn.Module):
 
     def _dense(self, features, name: str, axis=-1) -> nn.DenseGeneral:
         init = nn.initializers.xavier_uniform()
-        return nn.DenseGeneral(features, axis=axis, use_bias=self.use_bias, dtype=self.dtype, kernel_init=init, name=name)
+        return nn.DenseGeneral(
+            features, axis=axis, use_bias=self.use_bias, dtype=self.dtype, kernel_init=init, dot_general=dot_general, name=name
+        )
 
     def _rotate(self, x: Float[Array, "B L H D"], positions: Int[Array, "B L"]) -> Float[Array, "B L H D"]:
         arguments = dict(self.rotation)

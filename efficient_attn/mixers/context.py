@@ -4,24 +4,24 @@ from typing import Any
 
 import flax.struct
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Int
 
 
 @flax.struct.dataclass
 class Context:
     """Passed positionally to every block and mixer, so that `nn.remat` and `nn.scan` carry it.
 
-    mask: True where a token is real; None means everywhere. A mixer lets nothing flow out of masked positions.
-    segment_ids: packed documents; nothing flows between different ids. None means one document a row.
-    positions: position of each token in its own document; None means 0..L-1.
+    mask: bool [B, L], True where a token is real; None means everywhere. A mixer lets nothing flow out of masked positions.
+    segment_ids: int [B, L], packed documents; nothing flows between different ids. None means one document a row.
+    positions: int [B, L], of each token in its own document; None means 0..L-1.
     memory: what a mechanism attends besides its input (encoder states, cached segments).
     train: dropout is on and batch statistics are updated.
     decode: inputs continue what the `cache` collection holds, one token or one chunk at a time.
     """
 
-    mask: Bool[Array, "B L"] | None = None
-    segment_ids: Int[Array, "B L"] | None = None
-    positions: Int[Array, "B L"] | None = None
+    mask: Any = None
+    segment_ids: Any = None
+    positions: Any = None
     memory: Any = None
     train: bool = flax.struct.field(pytree_node=False, default=False)
     decode: bool = flax.struct.field(pytree_node=False, default=False)

@@ -6,6 +6,7 @@ from flax.typing import Dtype
 from jaxtyping import Array, Float
 
 from efficient_attn.mixers.context import Context
+from kernels.matmul import dot_general
 
 
 class Identity(nn.Module):
@@ -16,4 +17,4 @@ class Identity(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B L E"], ctx: Context) -> Float[Array, "B L E"]:
-        return nn.Dense(x.shape[-1], dtype=self.dtype, name="out")(x)
+        return nn.Dense(x.shape[-1], dtype=self.dtype, dot_general=dot_general, name="out")(x)

@@ -12,6 +12,7 @@ from jaxtyping import Array, Complex, Float
 
 from efficient_attn.mixers.context import Context
 from efficient_attn.mixers.hippo import block_diagonal_legs_n
+from kernels.matmul import dot_general, matmul
 from kernels.scan import linear_scan
 
 
@@ -26,7 +27,7 @@ def discretize_zoh(
 def project_in(B_bar: Complex[Array, "P E"], u: Float[Array, "B L E"]) -> Complex[Array, "B L P"]:
     """B_bar u for real u, as one real matrix product: complex ones are slow on CPU and GPU alike."""
     weights = jnp.concatenate([B_bar.real, B_bar.imag], axis=0)
-    both = jnp.einsum("ble,pe->blp", u, weights, preferred_element_type=jnp.float32)
+    both = matmul(u, weights.T, preferred_element_type=jnp.float32)
     real, imaginary = jnp.split(both, 2, axis=-1)
     return jax.lax.complex(real, imaginary)
 
@@ -35,7 +36,7 @@ def project_out(C: Complex[Array, "E P"], x: Complex[Array, "B L P"]) -> Float[A
     """Re(C x), as one real matrix product."""
     both = jnp.concatenate([x.real, x.imag], axis=-1)
     weights = jnp.concatenate([C.real, -C.imag], axis=-1)
-    return jnp.einsum("blp,ep->ble", both, weights)
+    return matmul(both, weights.T)
 
 
 def _as_complex(pair: Float[Array, "*S 2"]) -> Complex[Array, "*S"]:
@@ -172,6 +173,10 @@ def _drop_channels(x, rate: float, train: bool):
     return nn.Dropout(rate, broadcast_dims=(1,))(x, deterministic=not train)
 
 
+def _dense(width: int, dtype: Dtype, name: str) -> nn.Dense:
+    return nn.Dense(width, dtype=dtype, dot_general=dot_general, name=name)
+
+
 def _gelu(y, *, dropout, train, dtype):
     return _drop_channels(nn.gelu(y), dropout, train)
 
@@ -179,19 +184,19 @@ def _gelu(y, *, dropout, train, dtype):
 def _full_glu(y, *, dropout, train, dtype):
     z = _drop_channels(nn.gelu(y), dropout, train)
     width = y.shape[-1]
-    out = nn.Dense(width, dtype=dtype, name="value")(z) * nn.sigmoid(nn.Dense(width, dtype=dtype, name="gate")(z))
+    out = _dense(width, dtype, "value")(z) * nn.sigmoid(_dense(width, dtype, "gate")(z))
     return _drop_channels(out, dropout, train)
 
 
 def _half_glu1(y, *, dropout, train, dtype):
     z = _drop_channels(nn.gelu(y), dropout, train)
-    return _drop_channels(z * nn.sigmoid(nn.Dense(y.shape[-1], dtype=dtype, name="gate")(z)), dropout, train)
+    return _drop_channels(z * nn.sigmoid(_dense(y.shape[-1], dtype, "gate")(z)), dropout, train)
 
 
 def _half_glu2(y, *, dropout, train, dtype):
     """The gate sees the activation, but multiplies what came before it."""
     z = _drop_channels(nn.gelu(y), dropout, train)
-    return _drop_channels(y * nn.sigmoid(nn.Dense(y.shape[-1], dtype=dtype, name="gate")(z)), dropout, train)
+    return _drop_channels(y * nn.sigmoid(_dense(y.shape[-1], dtype, "gate")(z)), dropout, train)
 
 
 ACTIVATIONS: dict[str, Callable] = {

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float
 from efficient_attn import mixers
 from efficient_attn.arguments import lookup
 from efficient_attn.mixers.context import Context
+from kernels.matmul import dot_general
 
 Norm = Callable[[Float[Array, "B L E"], Context], Float[Array, "B L E"]]
 
@@ -87,7 +88,7 @@ class FeedForward(nn.Module):
         init = nn.initializers.xavier_uniform()
 
         def dense(width, name):
-            return nn.Dense(width, dtype=self.dtype, kernel_init=init, name=name)
+            return nn.Dense(width, dtype=self.dtype, kernel_init=init, dot_general=dot_general, name=name)
 
         hidden = lookup(FEED_FORWARDS, self.kind, "model.feed_forward")(x, self.width, dense)
         hidden = nn.Dropout(self.dropout)(hidden, deterministic=not ctx.train)

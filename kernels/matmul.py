@@ -1,0 +1,34 @@
+"""Products by weight matrices, written so that XLA's CPU backend computes their gradients without transposing activations.
+
+The weight gradient of x [B, L, E] times w [E, F] contracts the two axes (B, L). XLA brings a product with two contracted axes
+to matrix form by copying the cotangent, together with whatever elementwise function made it (the derivative of a GELU, say),
+in transposed order, which on CPU costs several times the product itself. Flattened to [B L, E] first, one axis is contracted
+and nothing is copied. The result is the same; other backends do not care.
+"""
+
+import math
+
+from jax import lax
+from jaxtyping import Array, Inexact
+
+
+def matmul(x: Inexact[Array, "*batch K"], w: Inexact[Array, "K F"], **options) -> Inexact[Array, "*batch F"]:
+    """x w over the last axis of x; `options` go to `lax.dot_general`."""
+    return dot_general(x, w, (((x.ndim - 1,), (0,)), ((), ())), **options)
+
+
+def dot_general(lhs: Inexact[Array, "..."], rhs: Inexact[Array, "..."], dimension_numbers, **options) -> Inexact[Array, "..."]:
+    """`lax.dot_general`, flattened to a product of matrices where it contracts the last axes of `lhs` with the first of `rhs`.
+
+    Made to be the `dot_general` of `flax.linen.Dense` and `DenseGeneral`. Other contractions pass through unchanged. Flattening
+    joins axes that a mesh may shard separately: with the sequence axis sharded, leave Flax its own.
+    """
+    (lhs_axes, rhs_axes), (lhs_batch, _) = dimension_numbers
+    n = len(lhs_axes)
+    is_by_weights = tuple(lhs_axes) == tuple(range(lhs.ndim - n, lhs.ndim)) and tuple(rhs_axes) == tuple(range(n))
+    if not is_by_weights or lhs_batch:
+        return lax.dot_general(lhs, rhs, dimension_numbers, **options)
+    rows, columns = lhs.shape[: lhs.ndim - n], rhs.shape[n:]
+    inner = math.prod(rhs.shape[:n])
+    x, w = lhs.reshape(math.prod(rows), inner), rhs.reshape(inner, math.prod(columns))
+    return lax.dot_general(x, w, (((1,), (0,)), ((), ())), **options).reshape(*rows, *columns)
