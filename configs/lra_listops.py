@@ -35,7 +35,7 @@ RECIPES = {
     "s5_short": {
         "task": SHORT,
         **s5(
-            layers=4, width=64, state=64, blocks=8, C_init="trunc_standard_normal", activation="half_glu2", batch=64, epochs=15,
+            layers=4, width=64, state=64, blocks=8, C_init="trunc_standard_normal", activation="half_glu2", batch=64, epochs=10,
             ssm_lr=0.001, lr_factor=3, weight_decay=0.04, dropout=0.0, warmup_epochs=1, opt_config="BfastandCdecay",
         ),
     },

@@ -1,4 +1,4 @@
-"""Multi-query associative recall in miniature (Arora et al. 2023, "Zoology"): 8 key-value pairs are shown, then asked for.
+"""Multi-query associative recall in miniature (Arora et al. 2023, "Zoology"): 4 key-value pairs are shown, then asked for.
 
     python train.py --config=configs/quickstart.py                  two layers of softmax attention: >= 99 % on unseen test draws
     python train.py --config=configs/quickstart.py:identity         the same model without mixing: stays at chance, 1/64
@@ -21,10 +21,10 @@ RECIPES = {
 }
 
 TRAIN = dict(
-    batch_size=64, duration="4000 steps", eval_every="200 steps", checkpoint_every="200 steps", log_every=50, early_stop=0.999
+    batch_size=64, duration="2500 steps", eval_every="200 steps", checkpoint_every="200 steps", log_every=50, early_stop=0.9995
 )
 
 
 def get_config(recipe: str = "softmax"):
-    task = dict(name="multi_query_recall", length=64, vocab_size=128, num_pairs=8, power=1.0, num_examples=200_000)
+    task = dict(name="multi_query_recall", length=64, vocab_size=128, num_pairs=4, num_examples=200_000)
     return experiment(name="quickstart", task=task, recipes=RECIPES, recipe=recipe, train=TRAIN)

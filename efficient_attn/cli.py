@@ -1,6 +1,7 @@
 """What the command lines share: flags, the default workdir, and errors as one clear line."""
 
 import pathlib
+import re
 import sys
 from collections.abc import Callable, Sequence
 
@@ -45,6 +46,7 @@ def run(main: Callable[[], None]) -> None:
 def parse_flags(argv: Sequence[str]) -> list[str]:
     """absl's parser; what is wrong with a flag, a configuration file or an override comes as one line."""
     try:
+        _check_config_file(argv)
         left = flags.FLAGS(argv)
     except ConfigError as error:
         _fail(str(error), EXIT_CODES[ConfigError])
@@ -55,30 +57,24 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     return left
 
 
+def _check_config_file(argv: Sequence[str]) -> None:
+    """Raise `ConfigError` where --config names no file, which ml_collections reports only later and less clearly."""
+    for argument in argv:
+        if argument.startswith(("--config=", "-config=")):
+            path = pathlib.Path(argument.split("=", 1)[1].split(":")[0])
+            if not path.is_file():
+                near = suggest(path.name, (p.name for p in path.parent.glob("*.py")))
+                raise ConfigError(f"there is no configuration file {path}{near}")
+
+
 def _explain(error: Exception) -> str:
     """The error in a line. A field that the configuration lacks gets the nearest one that it has."""
-    text = str(error.args[0] if error.args else error).split("\n")[0]
-    flag = next((a.split("=")[0].removeprefix("--config.") for a in sys.argv if a.startswith("--config.")), None)
-    if isinstance(error, AttributeError | KeyError) and flag:
-        return f"{text}{suggest_field(flag)}"
-    return text
-
-
-def suggest_field(path: str) -> str:
-    """' (did you mean ...?)' for a misspelt dotted field of the configuration that was loaded."""
-    try:
-        config = flags.FLAGS["config"].value
-    except KeyError:
-        return ""
-    return suggest(path, _fields(config)) if isinstance(config, ConfigDict) else ""
-
-
-def _fields(config: ConfigDict, prefix: str = "") -> list[str]:
-    found = []
-    for key in config:
-        value = config.get_oneway_ref(key).get() if not isinstance(config[key], ConfigDict) else config[key]
-        found += _fields(value, f"{prefix}{key}.") if isinstance(value, ConfigDict) else [f"{prefix}{key}"]
-    return found
+    text = str(error.args[0] if error.args else error)
+    override = next((a.split("=")[0] for a in sys.argv if a.startswith("--config.")), None)
+    if isinstance(error, AttributeError | KeyError) and override:
+        near = re.search(r'Did you mean "(\w+)"', text)
+        return f"the configuration has no field {override}" + (f" (did you mean {near[1]!r}?)" if near else "")
+    return text.splitlines()[0]
 
 
 def _fail(message: str, status: int) -> None:

@@ -106,7 +106,7 @@ def test_clipped_eigenvalues_cannot_grow():
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_dropout_drops_whole_channels_only_in_training(activation):
     module = S5(state_dim=8, activation=activation, dropout=0.5)
-    x = jax.random.normal(jax.random.key(0), (3, 9, 64))
+    x = 0.1 * jax.random.normal(jax.random.key(0), (3, 9, 64))  # a GELU of much below zero is exactly zero
     variables = module.init(jax.random.key(1), x, Context())
     y = module.apply(variables, x, Context(train=True), rngs={"dropout": jax.random.key(2)})
     dropped = np.all(np.asarray(y) == 0, axis=1)

@@ -80,20 +80,18 @@ def test_language_model_refuses_bidirectional_mixers():
 
 
 def test_matcher_ties_its_towers():
-    task = Retrieval(max_bytes=20)
-    model, variables = make(task)
+    """Swapping the documents swaps x1 and x2 in [x1, x2, x1 x2, x1 - x2], and nothing else."""
+    model, variables = make(Retrieval(max_bytes=20))
     x = jnp.stack([tokens(2, 20, 257), tokens(2, 20, 257, seed=1)], axis=1)
-    mask = jnp.ones(x.shape, bool)
+    mask = jnp.arange(20)[None, None, :] < jnp.array([[[20], [11]], [[5], [20]]])
     y = model.apply(variables, x, Context(mask=mask))
+    first, second, product, difference = jnp.split(variables["params"]["match"]["kernel"], 4)
+    match = {**variables["params"]["match"], "kernel": jnp.concatenate([second, first, product, -difference])}
+    swapped = model.apply({"params": {**variables["params"], "match": match}}, x[:, ::-1], Context(mask=mask[:, ::-1]))
     assert y.shape == (2, 2)
-    single, _ = make(task)
-    hidden = [single.apply(variables, x[:, i], Context(mask=mask[:, i]), method="summarise") for i in (0, 1)]
-    features = jnp.concatenate([*hidden, hidden[0] * hidden[1], hidden[0] - hidden[1]], axis=-1)
-    p = variables["params"]
-    by_hand = (
-        jax.nn.relu(features @ p["match"]["kernel"] + p["match"]["bias"][None]) @ p["head"]["kernel"] + p["head"]["bias"][None]
-    )
-    np.testing.assert_allclose(y, by_hand, atol=1e-5)
+    np.testing.assert_allclose(y, swapped, atol=1e-5)
+    unchanged = model.apply(variables, x[:, ::-1], Context(mask=mask[:, ::-1]))
+    assert np.max(np.abs(y - unchanged)) > 1e-4
 
 
 def test_real_valued_inputs():
@@ -127,10 +125,10 @@ def test_feed_forwards_and_norm_order(kind, prenorm):
 
 
 def test_post_norm_normalises_what_a_block_returns():
-    model, variables = make(SHORT, prenorm=False, final_norm=False, depth=1)
-    x = model.apply(
-        variables, tokens(2, 40), Context(), method=lambda m, x, c: m.blocks(m.add_positions(m.input_layer()(x), c), c)
-    )
+    model, variables = make(SHORT, prenorm=False, final_norm=False, depth=1, embed_stddev=1.0)
+    inputs = tokens(2, 40)
+    _, captured = model.apply(variables, inputs, Context(), capture_intermediates=True, mutable=["intermediates"])
+    x = captured["intermediates"]["layer_0"]["__call__"][0]
     np.testing.assert_allclose(jnp.mean(x, axis=-1), 0.0, atol=1e-5)
     np.testing.assert_allclose(jnp.std(x, axis=-1), 1.0, atol=1e-3)
 

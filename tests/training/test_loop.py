@@ -96,7 +96,7 @@ def assert_same_run(workdir, reference):
 def test_metrics_have_one_line_a_step_and_say_what_happened(uninterrupted):
     lines = rows(uninterrupted)
     assert [line["step"] for line in lines] == sorted({*range(3, STEPS + 1, 3), 8, 16, 24})
-    assert "train_loss" in lines[0] and "valid_accuracy" in lines[-1] and "grad_norm" in lines[-1]
+    assert "train_loss" in lines[0] and "valid_accuracy" in lines[-1] and "train_grad_norm" in lines[-1]
     assert lines[-1]["train_loss"] < lines[0]["train_loss"]
 
 
@@ -204,8 +204,8 @@ def test_early_stop_ends_the_run_and_stays_ended(tmp_path):
             "recipe of configs/quickstart.py='sofmax' is unknown (did you mean 'softmax'?)",
         ),
         (["--config=configs/quickstat.py"], "configs/quickstat.py"),
-        (["--config=configs/quickstart.py", "--config.model.widht=3"], "did you mean 'model.width'?"),
-        (["--config=configs/quickstart.py", "--config.model.mixer.num_head=3"], "did you mean 'model.mixer.num_heads'?"),
+        (["--config=configs/quickstart.py", "--config.model.widht=3"], "no field --config.model.widht (did you mean 'width'?)"),
+        (["--config=configs/quickstart.py", "--config.model.mixer.num_head=3"], "(did you mean 'num_heads'?)"),
         (["--config=configs/quickstart.py", "--config.model.width=wide"], "width"),
         (["--config=configs/quickstart.py", "--wrkdir=x"], "wrkdir"),
         (["--config=configs/quickstart.py", "stray"], "unexpected argument 'stray'"),
