@@ -30,7 +30,8 @@ def draw(workdirs: Sequence[pathlib.Path], out: pathlib.Path) -> None:
             if points:
                 axes.plot(*zip(*points), style, color=f"C{i}", linewidth=width, label=f"{folder.name} {split}")
         if i == 0:
-            axes.set(xlabel="step", ylabel=task.metric, title=task.name)
+            axes.set(xlabel="step", ylabel=task.metric)
+            axes.set_title(task.name, fontsize=8, wrap=True)
             for name, value in task.floors.items() if task.metric == "accuracy" else ():
                 axes.axhline(value, linestyle="--", linewidth=1, color="grey")
                 axes.annotate(
