@@ -75,7 +75,7 @@ class Whole:
 
     def block(self, steps: int) -> float:
         start = time.perf_counter()
-        self.state = self.loop.steps(self.state, self.batches, steps, Profiler(self.folder, 0, 0))
+        self.state = self.loop.steps(self.state, self.batches, steps, Profiler(self.folder, 0, 0, 0))
         jax.block_until_ready(self.state)
         return (time.perf_counter() - start) / steps
 

@@ -38,7 +38,7 @@ RECIPES = {
 }  # fmt: skip
 
 TRAIN = dict(
-    batch_size=32, duration="2500 steps", eval_every="250 steps", checkpoint_every="250 steps", log_every=50, max_eval_batches=40
+    batch_size=32, duration="750 steps", eval_every="125 steps", checkpoint_every="250 steps", log_every=50, max_eval_batches=40
 )
 
 

@@ -55,7 +55,11 @@ def lra_transformer(
             b2=0.98,
             eps=1e-9,
         ),
-        "train": dict(batch_size=batch, duration=f"{steps} steps" if steps else f"{epochs} epochs"),
+        "train": dict(
+            batch_size=batch,
+            duration=f"{steps} steps" if steps else f"{epochs} epochs",
+            eval_every=f"{max(1, steps // 20)} steps" if steps else "1 epochs",
+        ),
     }
 
 
@@ -74,7 +78,7 @@ def small_transformer(*, batch: int, steps: int, warmup: int, lr: float = 1e-4) 
             mixer=dict(name="softmax", num_heads=2, dropout=0.1),
         ),
         "optimizer": dict(learning_rate=lr, schedule="linear", warmup=f"{warmup} steps"),
-        "train": dict(batch_size=batch, duration=f"{steps} steps"),
+        "train": dict(batch_size=batch, duration=f"{steps} steps", eval_every=f"{max(1, steps // 20)} steps"),
     }
 
 

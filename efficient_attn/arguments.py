@@ -45,12 +45,35 @@ def arguments_of(constructor: Callable) -> dict[str, Argument]:
     return {p.name: Argument(p.name, hints.get(p.name, Any), p.default) for p in parameters if p.name not in INJECTED}
 
 
+_INFINITY = float("inf")
+BOUNDS: Mapping[str, tuple[float, float, bool]] = {
+    **dict.fromkeys(("depth", "width", "num_heads", "num_kv_heads", "head_dim", "state_dim", "blocks"), (1, _INFINITY, True)),
+    **dict.fromkeys(("batch_size", "accumulate", "log_every"), (1, _INFINITY, True)),
+    **dict.fromkeys(("feed_forward_width", "eval_batch_size", "max_eval_batches", "patience", "prefetch"), (0, _INFINITY, True)),
+    **dict.fromkeys(("weight_decay", "clip_norm", "early_stop", "lr_mult"), (0, _INFINITY, True)),
+    **dict.fromkeys(("dropout", "embed_dropout", "label_smoothing", "ema", "b1", "b2", "norm_momentum"), (0, 1, True)),
+    **dict.fromkeys(("learning_rate", "eps", "dt_min", "dt_max", "embed_stddev"), (0, _INFINITY, False)),
+}
+"""Argument -> (low, high, whether low itself is allowed); `high` never is."""
+
+
+def check_bounds(name: str, value: Any, field: str) -> None:
+    """Raise `ConfigError` for a number outside the bounds of all arguments of its name."""
+    if name not in BOUNDS or isinstance(value, bool | str) or not isinstance(value, int | float):
+        return
+    low, high, inclusive = BOUNDS[name]
+    if not ((low <= value if inclusive else low < value) and value < high):
+        upper = "" if high == _INFINITY else f" and less than {high}"
+        raise ConfigError(f"{field}.{name}={value} must be {'at least' if inclusive else 'more than'} {low}{upper}")
+
+
 def check_arguments(constructor: Callable, given: Mapping[str, Any], field: str) -> None:
     """Raise `ConfigError` for an argument the constructor does not have, or one it needs and does not get."""
     known = arguments_of(constructor)
     for key in given:
         if key not in known:
             raise ConfigError(f"{field} has no argument {key!r}{suggest(key, known)}; it takes: {', '.join(known)}")
+        check_bounds(key, given[key], field)
     missing = [k for k, a in known.items() if a.default is inspect.Parameter.empty and k not in given]
     if missing:
         raise ConfigError(f"{field} needs {', '.join(missing)}")

@@ -3,6 +3,7 @@
 import pathlib
 import re
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 
 from absl import app, flags, logging
@@ -50,7 +51,7 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
         left = flags.FLAGS(argv)
     except ConfigError as error:
         _fail(str(error), EXIT_CODES[ConfigError])
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError) as error:
+    except Exception as error:  # whatever a configuration file may raise: it ends here, said in a line
         _fail(_explain(error), EXIT_CODES[ConfigError])
     if len(left) > 1:
         _fail(f"unexpected argument {left[1]!r}; write overrides as --config.FIELD=VALUE", EXIT_CODES[ConfigError])
@@ -58,23 +59,30 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
 
 
 def _check_config_file(argv: Sequence[str]) -> None:
-    """Raise `ConfigError` where --config names no file, which ml_collections reports only later and less clearly."""
-    for argument in argv:
-        if argument.startswith(("--config=", "-config=")):
-            path = pathlib.Path(argument.split("=", 1)[1].split(":")[0])
-            if not path.is_file():
+    """Raise `ConfigError` where --config names no Python file, which ml_collections reports only later and less clearly."""
+    for argument, following in zip(argv, [*argv[1:], ""]):
+        flag, equals, value = argument.partition("=")
+        if flag in ("--config", "-config"):
+            path = pathlib.Path((value if equals else following).split(":")[0])
+            if not path.is_file() or path.suffix != ".py":
                 near = suggest(path.name, (p.name for p in path.parent.glob("*.py")))
                 raise ConfigError(f"there is no configuration file {path}{near}")
 
 
 def _explain(error: Exception) -> str:
-    """The error in a line. A field that the configuration lacks gets the nearest one that it has."""
+    """The error in a line: the override that names no field with the nearest one that does, or where a file broke."""
     text = str(error.args[0] if error.args else error)
-    override = next((a.split("=")[0] for a in sys.argv if a.startswith("--config.")), None)
-    if isinstance(error, AttributeError | KeyError) and override:
+    overrides = [a.split("=")[0] for a in sys.argv if a.startswith("--config.")]
+    field = re.search(r"'(\w+)\\?'", text)
+    wrong = next((o for o in overrides if field and field[1] in o.split(".")), None)
+    if isinstance(error, AttributeError | KeyError) and wrong:
         near = re.search(r'Did you mean "(\w+)"', text)
-        return f"the configuration has no field {override}" + (f" (did you mean {near[1]!r}?)" if near else "")
-    return text.splitlines()[0]
+        return f"the configuration has no field {wrong}" + (f" (did you mean {near[1]!r}?)" if near else "")
+    if isinstance(error, flags.Error):
+        return text.splitlines()[0]
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    where = f"{error.filename} line {error.lineno}" if isinstance(error, SyntaxError) else f"{last.filename} line {last.lineno}"
+    return f"{type(error).__name__} at {where}: {text.splitlines()[0] if text else ''}"
 
 
 def _fail(message: str, status: int) -> None:

@@ -23,7 +23,8 @@ Config = Mapping[str, Any] | ml_collections.ConfigDict
 
 MAY_CHANGE = (
     "train.duration", "train.eval_every", "train.checkpoint_every", "train.log_every", "train.eval_batch_size",
-    "train.max_eval_batches", "train.early_stop", "train.tensorboard", "train.wandb", "train.prefetch", "task.data_dir",
+    "train.max_eval_batches", "train.early_stop", "train.patience", "train.tensorboard", "train.wandb", "train.prefetch",
+    "task.data_dir",
 )  # fmt: skip
 """Fields that a resumed run may set otherwise than the run it continues."""
 

@@ -5,6 +5,7 @@ import pathlib
 from typing import Any
 
 import jax
+from absl import logging
 
 from efficient_attn import sharding, workdir
 from efficient_attn.checkpoints import Checkpoints
@@ -19,31 +20,52 @@ def score_once(folder: pathlib.Path) -> dict[str, Any]:
     The result names the step, its validation metrics and the checkpoint rule. Raises `WorkdirError` where `folder` holds no
     run, or none that was ever evaluated.
     """
-    stored = folder / "eval.json"
-    if stored.exists():
-        return workdir.read_json(stored)
     if not (folder / "run.json").exists():
         raise workdir.WorkdirError(f"{folder} holds no run (no run.json); give the --workdir of a train.py run")
-    plan = make_plan(workdir.read_json(folder / "run.json")["config"])
+    run = workdir.read_json(folder / "run.json")
+    plan = make_plan(run["config"])
+    if run["data"] != plan.task.name:
+        raise workdir.WorkdirError(f"the run's data were {run['data']} and are now {plan.task.name}; restore them to score it")
+    stored = folder / "eval.json"
+    if stored.exists():
+        result = workdir.read_json(stored)
+        _warn_if_stale(result, plan, folder)
+        return result
     result = {"data": plan.task.name, "split": "test", **score_best(plan, folder)}
     workdir.write_json(stored, result)
     return result
 
 
+def open_checkpoints(plan: Plan, folder: pathlib.Path) -> Checkpoints:
+    metric = f"valid_{plan.task.metric}"
+    return Checkpoints(folder / "checkpoints", metric=metric, mode=plan.task.metric_mode, read_only=True)
+
+
+def _warn_if_stale(result: dict[str, Any], plan: Plan, folder: pathlib.Path) -> None:
+    checkpoints = open_checkpoints(plan, folder)
+    best = checkpoints.best_step()
+    checkpoints.close()
+    if best is not None and best != result["step"]:
+        logging.warning(
+            "this is the stored score of step %d, but the best is now step %d: remove %s to score again",
+            result["step"], best, folder / "eval.json",
+        )  # fmt: skip
+
+
 def score_best(plan: Plan, folder: pathlib.Path) -> dict[str, Any]:
     """Test metrics of the best checkpoint, with its step and validation metrics."""
     mesh = sharding.data_mesh()
-    metric = f"valid_{plan.task.metric}"
-    checkpoints = Checkpoints(folder / "checkpoints", metric=metric, mode=plan.task.metric_mode, read_only=True)
+    checkpoints = open_checkpoints(plan, folder)
     placed = sharding.replicated(mesh)
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed), plan.state)
     restored = checkpoints.restore_best(abstract)
     if restored is None:
-        raise workdir.WorkdirError(f"{folder} has no evaluated checkpoint yet; train until the first evaluation")
+        what = "no checkpoint that is whole" if checkpoints.steps() else "no checkpoint yet; train until the first evaluation"
+        raise workdir.WorkdirError(f"{folder} has {what}")
     step, state, _ = restored
     plan.task.prepare()
     step_fn = jax.jit(functools.partial(eval_step, plan.model))
     window = evaluate(step_fn, state.evaluated(), plan.task.source("test"), plan, mesh)
     validation = checkpoints.metrics(step)
     checkpoints.close()
-    return {"step": step, **window.means("test"), **validation, "selected_by": f"best {metric}"}
+    return {"step": step, **window.means("test"), **validation, "selected_by": f"best valid_{plan.task.metric}"}

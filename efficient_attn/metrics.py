@@ -3,20 +3,18 @@
 import math
 from collections.abc import Mapping
 
-import jax
-
 Sums = Mapping[str, tuple]
 """Metric -> (sum, count). Adding them and dividing last averages exactly, whatever the batches' weights."""
 
 
 class Window:
-    """Accumulates sums on the host in Python floats, from one line of metrics to the next."""
+    """Accumulates sums, fetched from the device, in Python floats, from one line of metrics to the next."""
 
     def __init__(self, totals: Mapping[str, tuple[float, float]] | None = None):
         self.totals = {name: (float(s), float(c)) for name, (s, c) in (totals or {}).items()}
 
     def add(self, sums: Sums) -> None:
-        for name, (s, c) in jax.device_get(sums).items():
+        for name, (s, c) in sums.items():
             old_sum, old_count = self.totals.get(name, (0.0, 0.0))
             self.totals[name] = (old_sum + float(s), old_count + float(c))
 
@@ -27,4 +25,4 @@ class Window:
 
 def first_non_finite(sums: Sums) -> str | None:
     """The first metric whose sum is infinite or not a number."""
-    return next((name for name, (s, _) in jax.device_get(sums).items() if not math.isfinite(s)), None)
+    return next((name for name, (s, _) in sums.items() if not math.isfinite(s)), None)

@@ -48,7 +48,7 @@ class Group:
     weight_decay: float | None = None
 
 
-def _decay(after: Callable) -> Callable:
+def _with_warmup(after: Callable) -> Callable:
     """Linear warm-up to 1, then `after(step, warmup, total)`."""
 
     def schedule(step, warmup: int, total: int):
@@ -63,10 +63,10 @@ def _remaining(step, warmup: int, total: int):
 
 
 SCHEDULES: Mapping[str, Callable] = {
-    "constant": _decay(lambda step, warmup, total: 1.0),
-    "linear": _decay(_remaining),
-    "cosine": _decay(lambda step, warmup, total: 0.5 - 0.5 * jnp.cos(jnp.pi * _remaining(step, warmup, total))),
-    "rsqrt": _decay(lambda step, warmup, total: jnp.sqrt(max(warmup, 1) / jnp.maximum(step, 1))),
+    "constant": _with_warmup(lambda step, warmup, total: 1.0),
+    "linear": _with_warmup(_remaining),
+    "cosine": _with_warmup(lambda step, warmup, total: 0.5 - 0.5 * jnp.cos(jnp.pi * _remaining(step, warmup, total))),
+    "rsqrt": _with_warmup(lambda step, warmup, total: jnp.sqrt(max(warmup, 1) / jnp.maximum(step, 1))),
 }
 """Factor on the learning rate at a step (from 0): warm-up to 1, then constant, down to 0 by a line or half a cosine, or
 as 1/sqrt(step) (Vaswani et al. 2017, eq. 3)."""

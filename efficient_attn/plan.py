@@ -61,6 +61,8 @@ def make_plan(config: Config) -> Plan:
     Raises `ConfigError` for whatever is wrong with it. Reads no data and compiles nothing.
     """
     config = normal_form(config)
+    if not isinstance(config["seed"], int) or not 0 <= config["seed"] < 2**32:
+        raise ConfigError(f"seed={config['seed']!r} must be an integer of at least 0 and less than 2^32")
     task_arguments = dict(config["task"])
     task_class = lookup(tasks.TASKS, task_arguments.pop("name"), "task.name")
     task = _construct(task_class, task_arguments, "task")

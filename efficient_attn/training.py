@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from efficient_attn import optim, preemption, sharding, workdir
 from efficient_attn.arguments import ConfigError
-from efficient_attn.checkpoints import Checkpoints
+from efficient_attn.checkpoints import CheckpointError, Checkpoints
 from efficient_attn.config import MAY_CHANGE, Config, differences
 from efficient_attn.display import Display, open_displays
 from efficient_attn.metrics import Window, first_non_finite
@@ -58,6 +58,15 @@ class Progress:
         else:
             self.evaluations_since_best += 1
 
+    def why_finished(self, plan: Plan) -> str:
+        """Which criterion of the configuration ends the run early; empty while none does."""
+        metric, mode, goal, patience = plan.task.metric, plan.task.metric_mode, plan.train.early_stop, plan.train.patience
+        if goal and self.best is not None and (self.best >= goal if mode == "max" else self.best <= goal):
+            return f"valid {metric} {self.best:.4g} reached early_stop={goal:g}"
+        if patience and self.evaluations_since_best >= patience:
+            return f"no better valid {metric} in {patience} evaluations"
+        return ""
+
 
 def train_and_evaluate(config: Config, folder: pathlib.Path, *, profile_steps: int = 0) -> tuple[TrainState, Progress]:
     """Train `config` in `folder`, from its newest whole checkpoint if it has one; returns the final state.
@@ -95,7 +104,8 @@ def train_and_evaluate(config: Config, folder: pathlib.Path, *, profile_steps: i
             )
         )  # fmt: skip
         loop = Loop(plan, mesh, checkpoints, metrics, displays, progress, stop)
-        profiler = Profiler(folder / "profile", profile_steps, start)
+        profiler = Profiler(folder / "profile", profile_steps, start, plan.total)
+        stack.callback(profiler.close)
         return loop.run(state, profiler), progress
 
 
@@ -106,28 +116,44 @@ def open_run(plan: Plan, folder: pathlib.Path) -> None:
     config = plan.config
     if path.exists():
         old = workdir.read_json(path)
+        if old["data"] != plan.task.name:
+            raise ConfigError(f"the data of {folder} were {old['data']} and are now {plan.task.name}; choose another --workdir")
         changed = differences(old["config"], plan.config)
         fixed = {k: v for k, v in changed.items() if k not in MAY_CHANGE}
-        if fixed:
+        if fixed and has_started(folder):
             lines = "\n  ".join(f"{k}: {a!r} there, {b!r} now" for k, (a, b) in fixed.items())
             raise ConfigError(f"{folder} holds a run of another configuration; choose another --workdir.\n  {lines}")
         for field, (a, b) in changed.items():
             logging.warning("continuing with %s=%r, which was %r", field, b, a)
-        for line in workdir.compare_run_info(old, info):
+        for line in workdir.compare_run_info({k: v for k, v in old.items() if k in info}, info):
             logging.warning("continuing may not be bit-identical: %s", line)
     workdir.write_json(path, {**info, "config": config, "data": plan.task.name, "steps": plan.total})
+
+
+def has_started(folder: pathlib.Path) -> bool:
+    """Whether a run in `folder` has left anything that another configuration must not mix with."""
+    metrics = folder / "metrics.jsonl"
+    return (folder / "checkpoints").exists() or (metrics.exists() and metrics.stat().st_size > 0)
 
 
 def restore_or_init(plan: Plan, checkpoints: Checkpoints, mesh: Mesh) -> tuple[TrainState, Progress]:
     """The newest whole checkpoint's state and progress, or fresh ones; the state on every device of the mesh."""
     placed = sharding.replicated(mesh)
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed), plan.state)
+    had_steps = bool(checkpoints.steps()) or any(checkpoints.directory.glob("*.damaged*"))
     restored = checkpoints.restore_latest(abstract)
+    if restored is None and had_steps:
+        raise CheckpointError(
+            f"no checkpoint in {checkpoints.directory} is whole; the rest of the folder is as it was. "
+            "Choose another --workdir to start over."
+        )
     if restored is None:
         return jax.jit(plan.init_state, out_shardings=placed)(), Progress()
-    step, state, progress = restored
+    step, state, saved = restored
     print(f"continuing from step {step}", flush=True)
-    return state, Progress.from_json(progress)
+    progress = Progress.from_json(saved)
+    progress.finished = progress.why_finished(plan)  # the criteria may have changed
+    return state, progress
 
 
 def evaluate(step_fn: Callable, variables: PyTree, source: Any, plan: Plan, mesh: Mesh, max_batches: int = 0) -> Window:
@@ -147,25 +173,35 @@ def evaluate(step_fn: Callable, variables: PyTree, source: Any, plan: Plan, mesh
                 break
             sums = step_fn(variables, sharding.put_batch(batch, mesh))
             if pending is not None:
-                window.add(pending)
+                window.add(jax.device_get(pending))
             pending = sums
-        window.add(pending)
+        window.add(jax.device_get(pending))
     return window
 
 
 class Profiler:
-    """Traces `steps` steps, from the tenth after the start on (the first ones compile)."""
+    """Traces `steps` steps, from the tenth after the start on (the first ones compile), or from the second of a short run."""
 
-    def __init__(self, folder: pathlib.Path, steps: int, start: int):
-        self.folder, self.first, self.last = folder, start + 10, start + 10 + steps
-        self.enabled = steps > 0
+    def __init__(self, folder: pathlib.Path, steps: int, start: int, total: int):
+        self.folder, self.steps = folder, steps
+        self.first = start + (10 if start + 10 + steps <= total else 1)
+        self.traced: int | None = None  # steps traced so far, while tracing
 
     def at(self, step: int) -> None:
-        if self.enabled and step == self.first:
+        """To be called before step + 1 is dispatched."""
+        if self.traced is not None:
+            self.traced += 1
+            if self.traced == self.steps:
+                self.close()
+        elif self.steps and step == self.first:
             jax.profiler.start_trace(str(self.folder))
-        if self.enabled and step == self.last:
+            self.traced = 0
+
+    def close(self) -> None:
+        if self.traced is not None:
             jax.profiler.stop_trace()
-            print(f"profile written to {self.folder}", flush=True)
+            print(f"profile of {self.traced} step(s) written to {self.folder}", flush=True)
+            self.traced, self.steps = None, 0
 
 
 class Loop:
@@ -209,6 +245,7 @@ class Loop:
             with self.clock.waiting():
                 batch = next(batches)
             state, sums = self.train_step(state, sharding.put_batch(batch, self.mesh))
+            self.clock.dispatched += 1
             self.collect()
             self.pending = (step, sums)
             self.between_steps(step, state)
@@ -237,7 +274,7 @@ class Loop:
         """
         if self.pending is None:
             return
-        step, sums = self.pending
+        step, sums = self.pending[0], jax.device_get(self.pending[1])
         self.pending = None
         self.progress.window.add(sums)
         if (bad := first_non_finite(sums)) is not None:
@@ -249,7 +286,7 @@ class Loop:
         if step % self.plan.train.log_every == 0 or step == self.plan.total:
             line = {
                 **self.progress.window.means("train"), "learning_rate": float(self.learning_rate(step - 1)),
-                **self.clock.lap(step),
+                **self.clock.lap(),
             }  # fmt: skip
             self.progress.window = Window()
         if state is None:
@@ -269,11 +306,7 @@ class Loop:
         means = window.means("valid")
         value = means[f"valid_{plan.task.metric}"]
         progress.note_evaluation(step, value, plan.task.metric_mode)
-        goal, patience = plan.train.early_stop, plan.train.patience
-        if goal and (value >= goal if plan.task.metric_mode == "max" else value <= goal):
-            progress.finished = f"valid {plan.task.metric} {value:.4g} reached early_stop={goal:g}"
-        elif patience and progress.evaluations_since_best >= patience:
-            progress.finished = f"no better valid {plan.task.metric} in {patience} evaluations"
+        progress.finished = progress.why_finished(plan)
         return means
 
     def write(self, step: int, line: dict[str, float]) -> None:
@@ -290,18 +323,18 @@ class Loop:
 
 
 class Clock:
-    """Steps and tokens a second, and the share of time spent waiting for input, since the last line of metrics.
+    """Steps and tokens a second, and seconds a step spent waiting for input, between two lines of metrics.
 
-    Evaluating and starting a save do not count.
+    Counts the steps that were dispatched in between. Evaluating and starting a save do not count.
     """
 
     def __init__(self, tokens_per_batch: int):
         self.tokens = tokens_per_batch
-        self.began = self.waited = self.excluded = 0.0
-        self.last_step: int | None = None
+        self.compiled = False
+        self.start()
 
     def start(self) -> None:
-        self.began, self.waited, self.excluded = time.perf_counter(), 0.0, 0.0
+        self.began, self.waited, self.excluded, self.dispatched = time.perf_counter(), 0.0, 0.0, 0
 
     @contextlib.contextmanager
     def waiting(self):
@@ -315,13 +348,14 @@ class Clock:
         yield
         self.excluded += time.perf_counter() - start
 
-    def lap(self, step: int) -> dict[str, float]:
-        """Rates since the previous lap; without rates the first time, which includes compilation."""
-        seconds = time.perf_counter() - self.began - self.excluded
-        steps = step - self.last_step if self.last_step is not None else 0
-        waited = self.waited / max(steps, 1)
-        self.last_step = step
-        self.start()
+    def lap(self) -> dict[str, float]:
+        """Rates since the previous lap; none the first time, which includes compilation, and none without a new step."""
+        seconds, steps, waited = time.perf_counter() - self.began - self.excluded, self.dispatched, self.waited
         if not steps:
             return {}
-        return {"steps_per_second": steps / seconds, "tokens_per_second": steps * self.tokens / seconds, "input_wait": waited}
+        self.start()
+        if not self.compiled:
+            self.compiled = True
+            return {}
+        rate = steps / seconds
+        return {"steps_per_second": rate, "tokens_per_second": rate * self.tokens, "input_wait": waited / steps}

@@ -88,6 +88,9 @@ def test_hybrids_are_completed_each():
         (dict(train=dict(batchsize=8)), r"train has no argument 'batchsize' \(did you mean 'batch_size'\?\)"),
         (dict(optimizer=dict(lr=1)), r"optimizer has no argument 'lr'"),
         (dict(task=dict(lenght=1)), r"task has no argument 'lenght' \(did you mean 'length'\?\)"),
+        (dict(train=dict(log_every=0)), r"train.log_every=0 must be at least 1"),
+        (dict(model=dict(dropout=2.0)), r"model.dropout=2.0 must be at least 0 and less than 1"),
+        (dict(optimizer=dict(learning_rate=-1.0)), r"optimizer.learning_rate=-1.0 must be more than 0"),
         (dict(modell=dict()), r"unknown sections \['modell'\]"),
     ],
 )

@@ -28,6 +28,7 @@ class Entry:
 
     constructor: the Flax module.
     cost: time in the sequence length L.
+    function: for `Attention`, the function of q, k, v that it is built around.
     causal, bidirectional: which forms the mechanism has.
     decode: it continues token by token from the `cache` collection, equal to the parallel form.
     recall: how far above chance two layers get on associative recall in the contract test's short training,
@@ -40,6 +41,7 @@ class Entry:
     bidirectional: bool = True
     decode: bool = True
     recall: float | str = "not measured"
+    function: Callable | None = None
 
 
 MIXERS: Mapping[str, Entry] = {
@@ -61,6 +63,8 @@ def build(mixer: Mapping[str, Any], **injected: Any) -> nn.Module:
     causal = arguments.get("causal", False)
     if not (entry.causal if causal else entry.bidirectional):
         raise ConfigError(f"mixer {name!r} has no {'causal' if causal else 'bidirectional'} form")
+    if entry.function is not None:
+        injected["function"] = entry.function
     return entry.constructor(**arguments, **injected)
 
 

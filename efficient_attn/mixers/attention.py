@@ -9,6 +9,7 @@ from flax.core import FrozenDict
 from flax.typing import Dtype
 from jaxtyping import Array, Float, Int
 
+from efficient_attn.arguments import check_arguments, lookup
 from efficient_attn.mixers.context import Context
 from efficient_attn.positions import ROTATIONS
 from kernels.attention import Dropout, attend, masks
@@ -79,7 +80,9 @@ class Attention(nn.Module):
 
     def _rotate(self, x: Float[Array, "B L H D"], positions: Int[Array, "B L"]) -> Float[Array, "B L H D"]:
         arguments = dict(self.rotation)
-        return ROTATIONS[arguments.pop("name")](**arguments)(x, positions)
+        constructor = lookup(ROTATIONS, arguments.pop("name", None), "model.mixer.rotation.name")
+        check_arguments(constructor, arguments, "model.mixer.rotation")
+        return constructor(**arguments)(x, positions)
 
     def _decode(self, q, k, v, options):
         """Append a chunk of keys and values to the cache and attend all of it.

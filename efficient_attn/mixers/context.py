@@ -16,7 +16,8 @@ class Context:
     positions: int [B, L], of each token in its own document; None means 0..L-1.
     memory: what a mechanism attends besides its input (encoder states, cached segments).
     train: dropout is on and batch statistics are updated.
-    decode: inputs continue what the `cache` collection holds, one token or one chunk at a time.
+    decode: inputs continue what the `cache` collection holds, one token or one chunk at a time; without padding, and no
+        further than the length that the cache was initialised with.
     """
 
     mask: Any = None
@@ -25,6 +26,10 @@ class Context:
     memory: Any = None
     train: bool = flax.struct.field(pytree_node=False, default=False)
     decode: bool = flax.struct.field(pytree_node=False, default=False)
+
+    def __post_init__(self):
+        if self.decode and (self.mask is not None or self.segment_ids is not None):
+            raise ValueError("decoding takes no mask and no segment_ids: every token given is appended to every row's cache")
 
     def positions_or_default(self, batch: int, length: int) -> Int[Array, "B L"]:
         if self.positions is not None:

@@ -10,6 +10,7 @@ from flax.typing import Dtype
 from jax.nn import initializers
 from jaxtyping import Array, Complex, Float
 
+from efficient_attn.arguments import lookup
 from efficient_attn.mixers.context import Context
 from efficient_attn.mixers.hippo import block_diagonal_legs_n
 from kernels.matmul import dot_general, matmul
@@ -98,7 +99,8 @@ class S5(nn.Module):
         Bu = project_in(B_bar.astype(jnp.complex64), u)
         states = self._decode(Lambda_bar, Bu) if ctx.decode else self._states(Lambda_bar, Bu, ctx)
         y = project_out(2.0 * C, states).astype(self.dtype) + D.astype(self.dtype)[None, None, :] * u
-        return ACTIVATIONS[self.activation](y, dropout=self.dropout, train=ctx.train, dtype=self.dtype)
+        activation = lookup(ACTIVATIONS, self.activation, "model.mixer.activation")
+        return activation(y, dropout=self.dropout, train=ctx.train, dtype=self.dtype)
 
     def _parameters(self, width: int):
         eigenvalues, V = block_diagonal_legs_n(self.state_dim, self.blocks, conjugate_pairs=True)
@@ -153,14 +155,12 @@ def _init_B(key, V: np.ndarray, width: int):
 
 def _init_C(key, name: str, V: np.ndarray, width: int, directions: int):
     """C_tilde = C V, one half for each direction. [E, directions * P, 2]"""
-    if name not in C_INITIALISERS:
-        raise ValueError(f"unknown C_init {name!r}; one of {', '.join(C_INITIALISERS)}")
+    initialise = lookup(C_INITIALISERS, name, "model.mixer.C_init")
     n, P = V.shape
     if name == "complex_normal":
-        return C_INITIALISERS[name](key, (width, directions * P, 2))
+        return initialise(key, (width, directions * P, 2))
     halves = [
-        _as_complex(C_INITIALISERS[name](k, (width, n, 2))) @ jnp.asarray(V, jnp.complex64)
-        for k in jax.random.split(key, directions)
+        _as_complex(initialise(k, (width, n, 2))) @ jnp.asarray(V, jnp.complex64) for k in jax.random.split(key, directions)
     ]
     return _as_pair(jnp.concatenate(halves, axis=-1))
 

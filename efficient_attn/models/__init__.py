@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from efficient_attn.arguments import ConfigError, check_arguments, lookup
+from efficient_attn.models.blocks import FEED_FORWARDS, NORMS, POOLINGS, REMAT_POLICIES
 from efficient_attn.models.decoder import LanguageModel
 from efficient_attn.models.encoder import Classifier, Matcher
 from efficient_attn.models.trunk import mixers_by_depth
@@ -30,4 +31,9 @@ def build(model: Mapping[str, Any], task: Task) -> nn.Module:
     mixers = mixers_by_depth(arguments["mixer"], arguments["depth"])
     if task.head == "lm" and not all(m.get("causal") for m in mixers):
         raise ConfigError("a language model needs causal mixers: set causal=True in model.mixer")
+    if arguments.get("pooling") == "cls" and any(m.get("causal") for m in mixers):
+        raise ConfigError("model.pooling='cls' reads the first position, which causal mixers tell nothing; use 'mean' or 'last'")
+    for field, table in (("norm", NORMS), ("feed_forward", FEED_FORWARDS), ("remat", REMAT_POLICIES), ("pooling", POOLINGS)):
+        if field in arguments:
+            lookup(table, arguments[field], f"model.{field}")
     return HEADS[task.head](**arguments, **from_task, dtype=dtype)

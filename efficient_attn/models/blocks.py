@@ -128,8 +128,8 @@ class Block(nn.Module):
 
 def masked_mean(x: Float[Array, "B L E"], mask: Bool[Array, "B L"]) -> Float[Array, "B E"]:
     """Mean over real positions; zero where a row has none."""
-    weights = mask.astype(x.dtype)[..., None]
-    return jnp.sum(x * weights, axis=1) / jnp.maximum(jnp.sum(weights, axis=1), 1)
+    weights = mask.astype(jnp.float32)[..., None]
+    return (jnp.sum(x * weights, axis=1) / jnp.maximum(jnp.sum(weights, axis=1), 1)).astype(x.dtype)
 
 
 def first(x: Float[Array, "B L E"], mask: Bool[Array, "B L"]) -> Float[Array, "B E"]:

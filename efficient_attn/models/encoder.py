@@ -1,6 +1,7 @@
 """Encoders that answer one question about a sequence, or about a pair of them."""
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Num
 
@@ -22,6 +23,8 @@ class Encoder(Trunk):
         x = self.add_positions(self.input_layer()(inputs), ctx)
         mask = jnp.ones(x.shape[:2], bool) if ctx.mask is None else ctx.mask
         if self.pooling == "cls":
+            if ctx.segment_ids is not None or ctx.positions is not None:
+                raise ValueError("pooling='cls' puts a vector before the sequence: it takes no segment_ids and no positions")
             cls = self.param("cls", nn.initializers.normal(0.02), (1, 1, self.width)).astype(x.dtype)
             x = jnp.concatenate([jnp.broadcast_to(cls, (x.shape[0], 1, self.width)), x], axis=1)
             mask = jnp.concatenate([jnp.ones_like(mask[:, :1]), mask], axis=1)
@@ -46,7 +49,7 @@ class Matcher(Encoder):
     @nn.compact
     def __call__(self, inputs: Num[Array, "B 2 *S"], ctx: Context) -> Float[Array, "B C"]:
         batch = inputs.shape[0]
-        towers = ctx.replace(mask=None if ctx.mask is None else ctx.mask.reshape(2 * batch, -1))
+        towers = jax.tree.map(lambda x: x.reshape(2 * batch, *x.shape[2:]), ctx)
         summaries = self.summarise(inputs.reshape(2 * batch, *inputs.shape[2:]), towers)
         first, second = jnp.unstack(summaries.reshape(batch, 2, -1), axis=1)
         features = jnp.concatenate([first, second, first * second, first - second], axis=-1)

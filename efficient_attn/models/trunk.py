@@ -8,7 +8,7 @@ from flax.core import FrozenDict
 from flax.typing import Dtype
 from jaxtyping import Array, Float
 
-from efficient_attn.arguments import ConfigError, lookup
+from efficient_attn.arguments import ConfigError, check_arguments, lookup
 from efficient_attn.mixers.context import Context
 from efficient_attn.models.blocks import NORMS, REMAT_POLICIES, Block
 from efficient_attn.positions import EMBEDDINGS
@@ -76,6 +76,7 @@ class Trunk(nn.Module):
     def _position_embedding(self) -> nn.Module:
         arguments = dict(self.positions)
         constructor = lookup(EMBEDDINGS, arguments.pop("name", None), "model.positions.name")
+        check_arguments(constructor, arguments, f"model.positions (name={self.positions['name']!r})")
         return constructor(**arguments, name="positions")
 
 

@@ -20,15 +20,18 @@ def draw(workdirs: Sequence[pathlib.Path], out: pathlib.Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
+    axes, metric = figure.subplots(), ""
     for i, folder in enumerate(workdirs):
         run, rows = read(folder)
         task = task_of(run)
+        metric = metric or task.metric
+        if task.metric != metric:
+            raise workdir.WorkdirError(f"{folder} measures {task.metric}, {workdirs[0]} {metric}: draw them apart")
         for split, style, width in (("train", ":", 1.0), ("valid", "-", 2.0)):
             key = f"{split}_{task.metric}"
             points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
             if points:
-                axes.plot(*zip(*points), style, color=f"C{i}", linewidth=width, label=f"{folder.name} {split}")
+                axes.plot(*zip(*points), style, marker=".", color=f"C{i}", linewidth=width, label=f"{folder.name} {split}")
         if i == 0:
             axes.set(xlabel="step", ylabel=task.metric)
             axes.set_title(task.name, fontsize=8, wrap=True)
@@ -44,10 +47,15 @@ def draw(workdirs: Sequence[pathlib.Path], out: pathlib.Path) -> None:
                 )
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    if out.suffix != ".png":
+        raise workdir.WorkdirError(f"{out} should end in .png")
     aside = out.with_name(f".{out.name}.tmp.png")
-    figure.savefig(aside, dpi=120)
-    aside.replace(out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(aside, dpi=120)
+        aside.replace(out)
+    except OSError as error:
+        raise workdir.WorkdirError(f"cannot write {out}: {error.strerror}") from error
 
 
 def read(folder: pathlib.Path) -> tuple[dict, list[dict]]:

@@ -1,13 +1,12 @@
 """What every entry of MIXERS must do: shapes, padding, causality, documents, decoding, its own claims."""
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from efficient_attn.arguments import ConfigError
-from efficient_attn.mixers import MIXERS, Context, build, state_size
+from efficient_attn.mixers import MIXERS, Attention, Context, Entry, build, state_size
 
 B, L, E = 2, 19, 8
 ARGUMENTS = {"softmax": dict(num_heads=2, num_kv_heads=1, rotation=dict(name="rotary")), "s5": dict(state_dim=8, blocks=2)}
@@ -170,6 +169,20 @@ def test_recall_margin(name):
         assert len(claim) > 20 and accuracy < chance + 0.2
 
 
-def test_every_module_is_a_linen_module_with_causal():
-    for name in MIXERS:
-        assert isinstance(build(mixer_dict(name, MIXERS[name].causal)), nn.Module)
+def test_a_function_of_q_k_v_is_an_entry(monkeypatch):
+    """The values alone, averaged over heads' keys: not attention, but a function of q, k and v."""
+
+    def first_value(q, k, v, **options):
+        return jnp.broadcast_to(v[:, :1], (*q.shape[:3], v.shape[-1]))
+
+    entry = Entry(Attention, cost="1", function=first_value)
+    monkeypatch.setattr("efficient_attn.mixers.MIXERS", {**MIXERS, "first": entry})
+    module = build(dict(name="first", num_heads=2))
+    x = jax.random.normal(jax.random.key(0), (B, L, E))
+    y, _ = module.init_with_output(jax.random.key(1), x, Context())
+    np.testing.assert_allclose(y, jnp.broadcast_to(y[:, :1], y.shape), atol=1e-6)
+
+
+def test_decoding_refuses_padding():
+    with pytest.raises(ValueError, match="decoding takes no mask"):
+        Context(mask=jnp.ones((1, 4), bool), decode=True)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 
+from efficient_attn.arguments import ConfigError
 from efficient_attn.mixers import Context
 from efficient_attn.mixers.hippo import block_diagonal_legs_n, diagonalised_legs_n, hippo_legs
 from efficient_attn.mixers.s5 import ACTIVATIONS, C_INITIALISERS, S5, discretize_zoh
@@ -116,5 +117,5 @@ def test_dropout_drops_whole_channels_only_in_training(activation):
 
 
 def test_unknown_initialiser_is_named():
-    with pytest.raises(ValueError, match=r"unknown C_init 'zeros'"):
+    with pytest.raises(ConfigError, match=r"model.mixer.C_init='zeros' is unknown"):
         S5(state_dim=8, C_init="zeros").init(jax.random.key(0), jnp.zeros((1, 4, 4)), Context())

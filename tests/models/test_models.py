@@ -121,7 +121,10 @@ def test_feed_forwards_and_norm_order(kind, prenorm):
     model, variables = make(SHORT, feed_forward=kind, feed_forward_width=16, prenorm=prenorm)
     y = model.apply(variables, tokens(2, 40), Context())
     assert np.all(np.isfinite(y)) and ("gate" in variables["params"]["layer_0"]["mlp"]) == ("glu" in kind)
-    assert "norm" in variables["params"]
+    other = models.build(
+        dict(depth=2, width=8, mixer=SOFTMAX, feed_forward=kind, feed_forward_width=16, prenorm=not prenorm), SHORT
+    )
+    assert np.any(other.apply(variables, tokens(2, 40), Context()) != y)
 
 
 def test_post_norm_normalises_what_a_block_returns():
