@@ -234,7 +234,7 @@ def run_info() -> dict[str, Any]:
     flags = {name: os.environ[name] for name in sorted(os.environ) if name in FLAGS or name.startswith("JAX_")}
     flags.pop("JAX_COORDINATOR_ADDRESS", None)
     return {
-        "argv": list(sys.argv),
+        "argv": [pathlib.Path(sys.argv[0]).name, *sys.argv[1:]],
         "os": platform.platform(),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         "backend": jax.default_backend(),

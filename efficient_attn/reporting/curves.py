@@ -34,7 +34,7 @@ def draw(workdirs: Sequence[pathlib.Path], out: pathlib.Path) -> None:
                 axes.plot(*zip(*points), style, marker=".", color=f"C{i}", linewidth=width, label=f"{folder.name} {split}")
         if i == 0:
             axes.set(xlabel="step", ylabel=task.metric)
-            axes.set_title(task.name, fontsize=8, wrap=True)
+            axes.set_title(task.name, fontsize=6)
             for name, value in task.floors.items() if task.metric == "accuracy" else ():
                 axes.axhline(value, linestyle="--", linewidth=1, color="grey")
                 axes.annotate(
