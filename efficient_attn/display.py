@@ -34,6 +34,14 @@ def summary(scalars: Scalars) -> str:
 _WATCHED = ("train_loss", "train_accuracy", "learning_rate", "steps_per_second", "tokens_per_second", "input_wait")
 
 
+def compact(scalars: Scalars) -> str:
+    """The training numbers in the width that a progress bar leaves on an 80-column terminal."""
+    return " ".join(f"{label} {_short(scalars[name])}" for name, label in _LABELS.items() if name in scalars)
+
+
+_LABELS = {"train_loss": "loss", "train_accuracy": "acc", "steps_per_second": "step/s", "tokens_per_second": "tok/s"}
+
+
 def _short(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
@@ -62,7 +70,7 @@ class Bar:
 
     def __init__(self, start: int, total: int, console: Console):
         columns = [
-            BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn(compact=True), TextColumn("{task.fields[line]}")
+            BarColumn(bar_width=10), MofNCompleteColumn(), TimeRemainingColumn(compact=True), TextColumn("{task.fields[line]}")
         ]  # fmt: skip
         self.progress = Progress(*columns, console=console)
         self.task = self.progress.add_task("train", completed=start, total=total, line="compiling")
@@ -74,9 +82,9 @@ class Bar:
     def metrics(self, step: int, scalars: Scalars) -> None:
         training = {k: v for k, v in scalars.items() if not k.startswith("valid_")}
         if training:
-            self.progress.update(self.task, line=summary(training))
+            self.progress.update(self.task, line=compact(training))
         if len(training) < len(scalars):
-            self.progress.console.print(f"step {step}  {summary(scalars)}")
+            self.progress.console.print(f"step {step}  {summary(scalars)}", highlight=False)
 
     def close(self) -> None:
         self.progress.stop()
