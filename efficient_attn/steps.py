@@ -107,7 +107,7 @@ def train_step(
     updates, opt_state = tx.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     average = state.ema if state.ema is None else optax.incremental_update(params, state.ema, 1.0 - ema)
-    sums["grad_norm"] = (optax.global_norm(gradients), jnp.float32(1.0))
+    sums["grad_norm"] = (optax.tree.norm(gradients), jnp.float32(1.0))
     return TrainState(state.step + 1, params, opt_state, variables, average, state.rng), sums
 
 

@@ -94,4 +94,4 @@ def test_clipping_bounds_the_global_norm():
     tx = optim.build(OptimizerConfig(clip_norm=1.0), PARAMS, warmup=0, total=10)
     _, state = tx.update(jax.tree.map(lambda p: 100 * p, PARAMS), tx.init(PARAMS), PARAMS)
     moment = optax.tree_utils.tree_get(state, "mu")
-    np.testing.assert_allclose(optax.global_norm(moment), 0.1, rtol=1e-5)  # (1 - b1) * 1
+    np.testing.assert_allclose(optax.tree.norm(moment), 0.1, rtol=1e-5)  # (1 - b1) * 1
