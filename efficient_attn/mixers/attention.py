@@ -56,13 +56,24 @@ class Attention(nn.Module):
         v = self._dense((kv_heads, head_dim), "value")(x)
         positions = ctx.positions_or_default(*x.shape[:2])
         dropout = Dropout(self.dropout, self.make_rng("dropout")) if ctx.train and self.dropout else None
-        options = dict(mask=masks.Causal() if self.causal else masks.Full(), implementation=self.implementation)
+        options = dict(mask=self.mask(x.shape[1]), implementation=self.implementation)
         if ctx.decode:
-            out = self._decode(q, k, v, options)
+            out = self._decode(q, k, v)
         else:
             q, k = self._rotate(q, positions), self._rotate(k, positions)
             out = self.function(q, k, v, segment_ids=ctx.groups(), dropout=dropout, **options)
         return self._dense(x.shape[-1], "out", axis=(-2, -1))(out)
+
+    def pattern(self, length: int) -> masks.Mask:
+        """Which keys of a sequence of `length` tokens a query sees, causality apart; mechanisms with a pattern override this."""
+        return masks.Full()
+
+    def mask(self, length: int) -> masks.Mask:
+        """The pattern, and causality where the mixer is causal."""
+        pattern = self.pattern(length)
+        if not self.causal:
+            return pattern
+        return masks.Causal() if pattern == masks.Full() else masks.Causal() & pattern
 
     def _sizes(self, width: int) -> tuple[int, int, int]:
         kv_heads = self.num_kv_heads or self.num_heads
@@ -84,7 +95,7 @@ class Attention(nn.Module):
         check_arguments(constructor, arguments, "model.mixer.rotation")
         return constructor(**arguments)(x, positions)
 
-    def _decode(self, q, k, v, options):
+    def _decode(self, q, k, v):
         """Append a chunk of keys and values to the cache and attend all of it.
 
         Rows may stand at different positions. Slots not yet written lie after every query, so causality hides them.
@@ -96,6 +107,7 @@ class Attention(nn.Module):
         keys = self.variable("cache", "cached_key", jnp.zeros, k.shape, k.dtype)
         values = self.variable("cache", "cached_value", jnp.zeros, v.shape, v.dtype)
         index = self.variable("cache", "cache_index", jnp.zeros, (k.shape[0],), jnp.int32)
+        options = dict(mask=self.mask(keys.value.shape[1]), implementation=self.implementation)
         if not is_filled:
             return self.function(q, k, v, **options)
         positions = index.value[:, None] + jnp.arange(q.shape[1], dtype=jnp.int32)[None, :]
