@@ -1,28 +1,20 @@
 """Times every implementation of `linear_scan`: forward, and forward with all gradients, compiled, on this machine.
 
-    python benchmarks/scan.py                                  prints a Markdown table
-    python benchmarks/scan.py --out=results/scan_cpu.json      also writes the figures, with hardware and versions
+    python -m benchmarks.scan                                  prints a Markdown table
+    python -m benchmarks.scan --out=results/cpu/scan.json      also writes the figures, with hardware and versions
 
 The implementations of one shape take turns (A B C A B C ...), so that a change in the machine's load meets all of them; the
 figure is the median over the turns, and `best` the smallest.
 """
 
 import argparse
-import datetime
-import json
-import os
-import pathlib
-import platform
+import functools
 import statistics
-import subprocess
-import sys
-import time
-
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 import jax
 import jax.numpy as jnp
 
+from benchmarks import harness
 from kernels.scan import linear_scan
 from kernels.scan.api import IMPLEMENTATIONS
 
@@ -63,47 +55,11 @@ def passes(name: str) -> dict:
 def measure(shape: tuple, repeats: int, names: list[str]) -> list[dict]:
     """Milliseconds of every implementation and pass at one shape."""
     arguments = inputs(*shape)
-    runs = {(name, which): fn for name in names for which, fn in passes(name).items()}
-    for fn in runs.values():
-        jax.block_until_ready(fn(*arguments))
-    times = {key: [] for key in runs}
-    for _ in range(repeats):
-        for key, fn in runs.items():
-            start = time.perf_counter()
-            jax.block_until_ready(fn(*arguments))
-            times[key].append(1e3 * (time.perf_counter() - start))
+    runs = {(name, which): functools.partial(fn, *arguments) for name in names for which, fn in passes(name).items()}
     return [
         {"implementation": name, "pass": which, "median_ms": statistics.median(ms), "best_ms": min(ms)}
-        for (name, which), ms in times.items()
+        for (name, which), ms in harness.take_turns(runs, repeats).items()
     ]
-
-
-def environment() -> dict:
-    """What the figures were measured on."""
-    root = pathlib.Path(__file__).resolve().parent.parent
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False).stdout.strip()
-    model = platform.processor() or platform.machine()
-    cpuinfo = pathlib.Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        model = next((line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line), model)
-    return {
-        "device": jax.devices()[0].device_kind,
-        "cpu": model,
-        "cores": os.cpu_count(),
-        "jax": jax.__version__,
-        "python": platform.python_version(),
-        "commit": commit or "not a git checkout",
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
-
-
-def markdown(rows: list[dict]) -> str:
-    """The rows as a table, the best and the median of the turns."""
-    lines = ["| shape B x L x N | implementation | pass | best ms | median ms |", "|---|---|---|---|---|"]
-    for row in rows:
-        figures = f"{row['best_ms']:.1f} | {row['median_ms']:.1f}"
-        lines.append(f"| {row['shape']} | {row['implementation']} | {row['pass']} | {figures} |")
-    return "\n".join(lines)
 
 
 def main() -> None:
@@ -111,16 +67,13 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=SHAPES)
     parser.add_argument("--implementations", nargs="+", default=list(IMPLEMENTATIONS), choices=IMPLEMENTATIONS)
     parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--out", type=pathlib.Path, help="write the figures to this JSON file")
+    parser.add_argument("--out", help="write the figures to this JSON file")
     args = parser.parse_args()
     rows = []
     for shape in args.shapes:
         rows += [{"shape": shape, **row} for row in measure(SHAPES[shape], args.repeats, args.implementations)]
-    print(markdown(rows))
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        report = {"command": " ".join(sys.argv), "environment": environment(), "rows": rows}
-        args.out.write_text(json.dumps(report, indent=1) + "\n")
+    print(harness.markdown(rows))
+    harness.write(args.out, rows)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,87 @@
+"""What the benchmarks share: taking turns on a noisy machine, saying what the machine is, and writing figures to a file."""
+
+import datetime
+import json
+import os
+import pathlib
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+def take_turns(runs: Mapping[Any, Callable[[], Any]], repeats: int) -> dict[Any, list[float]]:
+    """Milliseconds of every run in each of `repeats` turns, A B C A B C ..., after one turn that compiles.
+
+    Turns let a change in the machine's load meet all of them, so that their ratio within a turn is what to trust.
+    """
+    for run in runs.values():
+        jax.block_until_ready(run())
+    times: dict[Any, list[float]] = {key: [] for key in runs}
+    for _ in range(repeats):
+        for key, run in runs.items():
+            start = time.perf_counter()
+            jax.block_until_ready(run())
+            times[key].append(1e3 * (time.perf_counter() - start))
+    return times
+
+
+def ratio(times: Sequence[float], baseline: Sequence[float]) -> dict[str, float]:
+    """How many times longer the baseline takes, turn by turn: the median, and the quartiles of the turns."""
+    ratios = sorted(theirs / ours for ours, theirs in zip(times, baseline, strict=True))
+    if len(ratios) == 1:
+        return {"median": ratios[0], "low": ratios[0], "high": ratios[0]}
+    low, median, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    return {"median": median, "low": low, "high": high}
+
+
+def environment() -> dict[str, Any]:
+    """What the figures were measured on."""
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    cpuinfo = pathlib.Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = [line.split(":")[1].strip() for line in lines if "model name" in line]
+    return {
+        "device": jax.devices()[0].device_kind,
+        "cpu": models[0] if models else platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+        "commit": git.stdout.strip() or "not a git checkout",
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def write(out: str | os.PathLike | None, rows: Any, **facts: Any) -> None:
+    """The figures, the command that made them and the environment, as JSON in `out`; None writes nothing."""
+    if out is None:
+        return
+    path = pathlib.Path(out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    command = " ".join(["python -m", _module(), *sys.argv[1:]])
+    aside = path.with_name(f".{path.name}.tmp")
+    aside.write_text(json.dumps({"command": command, "environment": environment(), **facts, "rows": rows}, indent=1) + "\n")
+    aside.replace(path)
+
+
+def _module() -> str:
+    spec = sys.modules["__main__"].__spec__
+    return spec.name if spec else sys.argv[0]
+
+
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows of equal keys as a Markdown table."""
+    header = list(rows[0])
+    body = ["| " + " | ".join(_cell(row[key]) for key in header) + " |" for row in rows]
+    return "\n".join(["| " + " | ".join(header) + " |", "|" + "---|" * len(header), *body])
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
