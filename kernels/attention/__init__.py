@@ -3,5 +3,6 @@
 from kernels.attention import biases, masks
 from kernels.attention.api import attend, explain
 from kernels.attention.dropout import Dropout
+from kernels.attention.merge import merge
 
-__all__ = ["Dropout", "attend", "biases", "explain", "masks"]
+__all__ = ["Dropout", "attend", "biases", "explain", "masks", "merge"]

@@ -1,10 +1,13 @@
 """`attend`: the one entry to every implementation of exact softmax attention."""
 
+import math
+import numbers
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels.attention import chunked, library, masks, reference
+from kernels.attention import chunked, library, masks, portable, reference
 from kernels.attention.biases import Bias
 from kernels.attention.call import Call, Spec, spec_of
 from kernels.attention.dropout import Dropout
@@ -20,6 +23,7 @@ def _anything(spec: Spec) -> None:
 IMPLEMENTATIONS = {
     "reference": Implementation(reference.attend, _anything, "dense float32: the specification, memory O(L S)"),
     "chunked": Implementation(chunked.attend, _anything, "XLA, lazy softmax over tiles, memory O(L)"),
+    "portable": Implementation(portable.attend, portable.why_not, "Pallas kernels, compiled on a GPU and interpreted on a CPU"),
     "xla": Implementation(library.attend_xla, library.why_not_xla, "jax.nn.dot_product_attention, memory O(L S)"),
 }
 PREFERENCE = ("chunked", "reference")
@@ -106,15 +110,19 @@ def _choose(call: Call, return_lse: bool, implementation: str | None) -> Choice:
 def _call(q, k, v, bias, segment_ids, q_positions, kv_positions, dropout, *, mask, softcap, scale) -> Call:
     """The arguments checked against each other and in normal form."""
     _check_operands(q, k, v)
-    _check_options(mask, bias, softcap, dropout)
+    _check_options(mask, bias, softcap, scale, dropout)
     (B, L, _, D), S = q.shape, k.shape[1]
     if bias is not None:
         _check_bias(bias, {"B": B, "H": q.shape[2], "L": L, "S": S})
-    q_segments, kv_segments = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
+    q_segments, kv_segments = _pair(segment_ids)
     _check_integers("segment_ids (queries)", q_segments, [(B, L)])
     _check_integers("segment_ids (keys)", kv_segments, [(B, S)])
     _check_integers("q_positions", q_positions, [(L,), (1, L), (B, L)])
     _check_integers("kv_positions", kv_positions, [(S,), (1, S), (B, S)])
+    given = q_positions is not None or kv_positions is not None
+    problem = mask.problem(q.shape[2], *((None, None) if given else (L, S)))
+    if problem is not None:
+        raise ValueError(f"attend: mask: {problem}")
     return Call(
         q,
         k,
@@ -125,13 +133,25 @@ def _call(q, k, v, bias, segment_ids, q_positions, kv_positions, dropout, *, mas
         None if q_positions is None else jnp.atleast_2d(q_positions),
         None if kv_positions is None else jnp.atleast_2d(kv_positions),
         dropout,
-        mask=mask,
+        mask=mask.masks[0] if isinstance(mask, masks.PerHead) and len(masks.of_heads(mask)) == 1 else mask,
         softcap=softcap,
         scale=float(D**-0.5 if scale is None else scale),
     )
 
 
+def _pair(segment_ids) -> tuple:
+    """The segment ids of queries and of keys."""
+    if not isinstance(segment_ids, tuple):
+        return segment_ids, segment_ids
+    if len(segment_ids) != 2:
+        raise ValueError(f"attend: segment_ids is a tuple of {len(segment_ids)}; give one array, or (those of queries, of keys)")
+    return segment_ids
+
+
 def _check_operands(q, k, v) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not hasattr(x, "shape"):
+            raise ValueError(f"attend: {name} is {type(x).__name__}; an array of four axes is expected")
     shapes = f"q {q.shape}, k {k.shape}, v {v.shape}"
     if not q.ndim == k.ndim == v.ndim == 4:
         raise ValueError(f"attend: {shapes}: each must have four axes, [B, L, H, D], [B, S, G, D] and [B, S, G, Dv]")
@@ -149,7 +169,7 @@ def _check_operands(q, k, v) -> None:
         raise ValueError(f"attend: q {q.dtype}, k {k.dtype}, v {v.dtype}: all three must have one floating type")
 
 
-def _check_options(mask, bias, softcap, dropout) -> None:
+def _check_options(mask, bias, softcap, scale, dropout) -> None:
     if not isinstance(mask, masks.Mask):
         raise ValueError(
             f"attend: mask is {type(mask).__name__}; give a value of kernels.attention.masks, and what depends on data as "
@@ -157,8 +177,10 @@ def _check_options(mask, bias, softcap, dropout) -> None:
         )
     if bias is not None and not isinstance(bias, Bias):
         raise ValueError(f"attend: bias is {type(bias).__name__}; give a value of kernels.attention.biases, e.g. Dense(table)")
-    if softcap is not None and not softcap > 0:
+    if softcap is not None and not (isinstance(softcap, numbers.Real) and 0 < softcap < math.inf):
         raise ValueError(f"attend: softcap={softcap}; give a positive number, or None for none")
+    if scale is not None and not (isinstance(scale, numbers.Real) and math.isfinite(scale)):
+        raise ValueError(f"attend: scale={scale}; give a number known before tracing, or None for 1 / sqrt(D)")
     if dropout is not None and not isinstance(dropout, Dropout):
         raise ValueError(f"attend: dropout is {type(dropout).__name__}; give kernels.attention.Dropout(rate, key)")
 
@@ -166,6 +188,8 @@ def _check_options(mask, bias, softcap, dropout) -> None:
 def _check_bias(bias: Bias, sizes: dict[str, int]) -> None:
     """Every axis that runs along B, H, L or S has that size or 1."""
     for leaf, axes in zip(jax.tree.leaves(bias), bias.axes(), strict=True):
+        if not hasattr(leaf, "shape"):
+            raise ValueError(f"attend: bias {type(bias).__name__} holds {leaf!r}; arrays are expected")
         expected = [sizes.get(name, size) for name, size in zip(axes, leaf.shape)]
         if len(axes) != leaf.ndim or any(size not in (1, due) for size, due in zip(leaf.shape, expected)):
             raise ValueError(
@@ -176,6 +200,8 @@ def _check_bias(bias: Bias, sizes: dict[str, int]) -> None:
 def _check_integers(name: str, array, shapes: list[tuple[int, ...]]) -> None:
     if array is None:
         return
+    if not hasattr(array, "shape"):
+        raise ValueError(f"attend: {name} is {type(array).__name__}; an array of integers is expected")
     if array.shape not in shapes or not jnp.issubdtype(array.dtype, jnp.integer):
-        expected = " or ".join(map(str, shapes))
+        expected = " or ".join(map(str, dict.fromkeys(shapes)))
         raise ValueError(f"attend: {name} is {array.dtype} {array.shape}; integers of shape {expected} are expected")

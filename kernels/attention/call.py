@@ -41,7 +41,11 @@ class Call:
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """The static facts of a call. `bias` is the name of its class; `traced_positions`, that positions were given."""
+    """The static facts of a call.
+
+    `bias` is the name of its class, `bias_gathers` whether its rule indexes arrays, and `bias_whole_axes` the lengths of its
+    arrays' axes that a tile takes whole; `traced_positions`, that positions were given.
+    """
 
     batch: int
     q_length: int
@@ -53,6 +57,8 @@ class Spec:
     dtype: str
     mask: Mask
     bias: str | None
+    bias_gathers: bool
+    bias_whole_axes: tuple[int, ...]
     segment_ids: bool
     traced_positions: bool
     softcap: bool
@@ -75,6 +81,8 @@ def spec_of(call: Call, return_lse: bool, platform: str) -> Spec:
         dtype=str(call.q.dtype),
         mask=call.mask,
         bias=None if call.bias is None else type(call.bias).__name__,
+        bias_gathers=call.bias is not None and call.bias.gathers,
+        bias_whole_axes=() if call.bias is None else _whole_axes(call.bias),
         segment_ids=call.q_segments is not None,
         traced_positions=call.q_positions is not None or call.kv_positions is not None,
         softcap=call.softcap is not None,
@@ -82,6 +90,11 @@ def spec_of(call: Call, return_lse: bool, platform: str) -> Spec:
         return_lse=return_lse,
         platform=platform,
     )
+
+
+def _whole_axes(bias: Bias) -> tuple[int, ...]:
+    shapes = zip(jax.tree.leaves(bias), bias.axes(), strict=True)
+    return tuple(n for leaf, at in shapes for name, n in zip(at, leaf.shape) if name is None)
 
 
 def statistics_dtype(dtype) -> jnp.dtype:
@@ -100,11 +113,14 @@ def transform_scores(
     score: Float[Array, "B H q k"],
     q_pos: Int[Array, "_ q"],
     kv_pos: Int[Array, "_ k"],
+    head: Int[Array, "H"],
 ) -> Float[Array, "B H q k"]:
     """Soft-cap, then bias, of scaled scores; the order of Gemma 2 and FlashAttention. `bias` is cut to these scores."""
     if call.softcap is not None:
         score = call.softcap * jnp.tanh(score / call.softcap)
     if bias is None:
         return score
-    head = jnp.arange(score.shape[1])[None, :, None, None]
-    return bias.score(score, q_pos[:, None, :, None], kv_pos[:, None, None, :], head)
+    new = bias.score(score, q_pos[:, None, :, None], kv_pos[:, None, None, :], head[None, :, None, None])
+    if new.shape != score.shape:
+        raise ValueError(f"attend: bias {type(bias).__name__} makes scores {new.shape} of {score.shape}; the shape must stay")
+    return new

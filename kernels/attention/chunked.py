@@ -9,10 +9,15 @@ D_i = do_i . o_i,
 
 where dlse is the gradient that arrives through the log-sum-exp itself. One loop over rows of tiles yields dq row by row and
 adds up dk, dv and the bias's gradients, always in the same order: there is nothing to synchronise, and repeated runs agree bit
-for bit. Tiles that the mask rules out are never visited, and tiles that it allows whole are not tested.
+for bit.
 
-Inside, arrays are [B, G, R, L, D] with R = H / G query heads for each key/value head, so that a tile's scores are one batched
-product of [R q_tile, D] by [D, kv_tile].
+A tile is q_tile queries by `width` blocks of keys, for a few heads and batch rows (`tiles.Tiling`). A row of tiles has a list of
+the key blocks that its queries see, and takes them `width` at a time: neighbours, from any block on, or whichever come next,
+gathered. Tiles that the mask rules out are never visited, and tiles that it allows whole are not tested. Outermost is a loop over
+heads and batch rows; where heads have masks of their own, each head goes by its own lists.
+
+Inside a tile, arrays are [B, H, L, D]. The products that sum over queries are written as [D, q] by [q, k], which gives dk and dv
+transposed: on CPU the product that would give them directly takes twice the time.
 """
 
 import dataclasses
@@ -24,86 +29,97 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from kernels.attention import biases, tiles
-from kernels.attention.biases import Bias
 from kernels.attention.call import Call, default_positions, statistics_dtype, transform_scores
+from kernels.attention.masks import of_heads
+from kernels.attention.tiles import TileList, TileSizes, Tiling
 
-SCORES_IN_A_TILE = 2**20  # over all batch rows and heads, 4 MiB of float32: the fastest on CPU for 8, 32 and 128 of them
-MIN_Q_TILE, MAX_Q_TILE = 32, 256
-
-
-@dataclasses.dataclass(frozen=True)
-class Tiling:
-    """How the call is cut: tile sizes, true lengths, and lengths rounded up to whole tiles."""
-
-    q_tile: int
-    kv_tile: int
-    L: int
-    S: int
-
-    @property
-    def padded(self) -> dict[str, int]:
-        return {"L": -(-self.L // self.q_tile) * self.q_tile, "S": -(-self.S // self.kv_tile) * self.kv_tile}
-
-    @property
-    def rows(self) -> int:
-        return self.padded["L"] // self.q_tile
-
-    def windows(self, row, column) -> biases.Windows:
-        """Where tile (row, column) lies, in the form that `biases.cut` takes."""
-        return {"L": (row * self.q_tile, self.q_tile), "S": (column * self.kv_tile, self.kv_tile)}
+TILE_SIZES = TileSizes()
+SCORES_ON_A_DEVICE = 2**24
+"""Scores in a tile on platforms other than CPU: all heads of most calls together, to fill the device; not measured on any."""
 
 
 def attend(call: Call) -> tuple[Float[Array, "B L H Dv"], Float[Array, "B L H"]]:
     """The same function as `reference.attend`. Memory O(B H (L + S) D)."""
-    B, L, H, _ = call.q.shape
-    S = call.k.shape[1]
-    tiling = tile_sizes(B * H, L, S)
+    tiling = tiling_of(call)
     out, lse = _attend(tiling, _pad(call, tiling))
-    out = jnp.moveaxis(out.reshape(B, H, -1, call.v.shape[3]), 1, 2)[:, :L]
-    return out, jnp.moveaxis(lse, 1, 2)[:, :L]
+    return out[:, : tiling.L], lse[:, : tiling.L]
 
 
-def tile_sizes(batch_heads: int, L: int, S: int) -> Tiling:
-    """Tiles of q x 2q scores, q a power of two, as near to `SCORES_IN_A_TILE` as it comes."""
-    q_tile = 2 ** round(math.log2(SCORES_IN_A_TILE / (2 * batch_heads)) / 2)
-    q_tile = min(max(q_tile, MIN_Q_TILE), MAX_Q_TILE)
-    return Tiling(min(q_tile, L), min(2 * q_tile, S), L, S)
+def tiling_of(call: Call) -> Tiling:
+    """The cheapest tiles for this call."""
+    (B, L, H, _), (S, G) = call.q.shape, call.k.shape[1:3]
+    mask = None if call.q_positions is not None or call.kv_positions is not None else call.mask
+    axes = [] if call.bias is None else zip(call.bias.axes(), jax.tree.leaves(call.bias), strict=True)
+    gather = not any(name == "S" and size > 1 for at, leaf in axes for name, size in zip(at, leaf.shape))
+    together = H // G if len(of_heads(call.mask)) == 1 else None
+    on_cpu = jax.default_backend() == "cpu"
+    sizes = TILE_SIZES if on_cpu else dataclasses.replace(TILE_SIZES, scores=SCORES_ON_A_DEVICE)
+    return tiles.cheapest(sizes, mask, B, H, G, L, S, together=together, gather=gather)
+
+
+def visits(call: Call) -> Int[Array, "groups rows"]:
+    """For each group of heads and row of queries, how many tiles `attend` visits, counted in the loop that it runs."""
+    tiling = tiling_of(call)
+    call = _pad(call, tiling)
+
+    def count(group, row):
+        return Row(tiling, call, group, row).visit(lambda total, *_: total + 1, jnp.int32(0))
+
+    groups, rows = jnp.arange(tiling.groups), jnp.arange(tiling.rows)
+    return lax.map(lambda group: lax.map(functools.partial(count, group), rows), groups)
 
 
 def _pad(call: Call, tiling: Tiling) -> Call:
-    """The call with [B, G, R, L, D] queries, [B, G, S, D] keys and values, and every length whole tiles."""
-    (B, L, H, D), G = call.q.shape, call.k.shape[2]
+    """The call with [B, H, L, D] queries, [B, G, S, D] keys and values, and every length in whole tiles and blocks.
 
-    def pad(x, axis: int, name: str):
-        if x is None:
-            return None
-        return jnp.pad(x, [(0, tiling.padded[name] - n if i == axis else 0) for i, n in enumerate(x.shape)])
+    The scale goes to the queries where that rounds nothing away: multiplying every score would be one more pass over them.
+    """
+    is_exact = call.q.dtype == statistics_dtype(call.q.dtype) or math.frexp(call.scale)[0] == 0.5
+    q_scale = call.scale if is_exact else 1.0
+
+    def pad(x, name: str, axis: int = 1):
+        if x is None or x.shape[axis] == tiling.padded[name]:
+            return x
+        whole = jnp.zeros([tiling.padded[name] if i == axis else n for i, n in enumerate(x.shape)], x.dtype)
+        return lax.dynamic_update_slice(whole, x, [0] * x.ndim)
 
     q_positions, kv_positions = call.q_positions, call.kv_positions
     if q_positions is not None or kv_positions is not None:
-        defaults = default_positions(L, tiling.S)
+        defaults = default_positions(tiling.L, tiling.S)
         q_positions = defaults[0] if q_positions is None else q_positions
         kv_positions = defaults[1] if kv_positions is None else kv_positions
     return dataclasses.replace(
         call,
-        q=pad(jnp.moveaxis(call.q.reshape(B, L, G, H // G, D), 1, 3), 3, "L"),
-        k=pad(jnp.moveaxis(call.k, 1, 2), 2, "S"),
-        v=pad(jnp.moveaxis(call.v, 1, 2), 2, "S"),
+        q=pad(jnp.swapaxes(q_scale * call.q, 1, 2), "L", axis=2),
+        k=pad(jnp.swapaxes(call.k, 1, 2), "S", axis=2),
+        v=pad(jnp.swapaxes(call.v, 1, 2), "S", axis=2),
         bias=biases.pad(call.bias, tiling.padded),
-        q_segments=pad(call.q_segments, 1, "L"),
-        kv_segments=pad(call.kv_segments, 1, "S"),
-        q_positions=pad(q_positions, 1, "L"),
-        kv_positions=pad(kv_positions, 1, "S"),
+        q_segments=pad(call.q_segments, "L"),
+        kv_segments=pad(call.kv_segments, "S"),
+        q_positions=pad(q_positions, "L"),
+        kv_positions=pad(kv_positions, "S"),
+        scale=1.0 if is_exact else call.scale,
     )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(tiling: Tiling, call: Call) -> tuple[Float[Array, "B G R L Dv"], Float[Array, "B H L"]]:
-    out, lse = lax.map(functools.partial(_forward_row, tiling, call), jnp.arange(tiling.rows, dtype=jnp.int32))
-    return _join_rows(out, axis=3), _join_rows(lse, axis=2)
+def _attend(tiling: Tiling, call: Call) -> tuple[Float[Array, "B L H Dv"], Float[Array, "B L H"]]:
+    def group(group, totals):
+        keys, values = Group(tiling, call, group).keys_and_values()
+
+        def row(row, totals):
+            row = Row(tiling, call, group, row)
+            parts = _forward_row(row, keys, values)
+            return tuple(row.put(total, "BLH", jnp.swapaxes(part, 1, 2)) for total, part in zip(totals, parts))
+
+        return lax.fori_loop(0, tiling.rows, row, totals)
+
+    B, H, L, _ = call.q.shape
+    out = jnp.zeros((B, L, H, call.v.shape[3]), call.q.dtype)
+    return lax.fori_loop(0, tiling.groups, group, (out, jnp.zeros((B, L, H), statistics_dtype(call.q.dtype))))
 
 
 def _attend_forward(tiling: Tiling, call: Call):
@@ -115,150 +131,269 @@ def _attend_backward(tiling: Tiling, residuals, cotangents) -> tuple[Call]:
     call, out, lse = residuals
     dout, dlse = cotangents
     dtype = lse.dtype
-    delta = (dout.astype(dtype) * out.astype(dtype)).sum(axis=-1).reshape(lse.shape) - dlse
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, dtype), (call.k, call.v, call.bias))
-    row = functools.partial(_backward_row, tiling, call, lse, dout, delta)
-    (dk, dv, dbias), dq = lax.scan(row, zeros, jnp.arange(tiling.rows, dtype=jnp.int32))
+    delta = (dout.astype(dtype) * out.astype(dtype)).sum(axis=-1) - dlse
+    lse = jnp.where(lse == -jnp.inf, 0, lse)
+    dout, lse, delta = (jnp.swapaxes(x, 1, 2) for x in (dout, lse, delta))
+
+    def group(group, totals):
+        dq, dk, dv, dbias = totals
+        group = Group(tiling, call, group)
+        keys, values = group.keys_and_values()
+
+        def row(row, totals):
+            row = Row(tiling, call, group.group, row)
+            dq, *of_group = totals
+            dq_row, *of_group = _backward_row(row, keys, values, lse, dout, delta, *of_group)
+            return row.put(dq, "BHL", dq_row), *of_group
+
+        start = (jnp.zeros_like(jnp.swapaxes(x, 2, 3), dtype) for x in (keys, values))
+        dq, dk_group, dv_group, dbias = lax.fori_loop(0, tiling.rows, row, (dq, *start, dbias))
+        return dq, group.add(dk, dk_group), group.add(dv, dv_group), dbias
+
+    start = jax.tree.map(lambda x: jnp.zeros(x.shape, dtype), (call.q, call.k, call.v, call.bias))
+    gradients = lax.fori_loop(0, tiling.groups, group, start)
+    dq, dk, dv, dbias = jax.tree.map(lambda d, x: d.astype(x.dtype), gradients, (call.q, call.k, call.v, call.bias))
     no_gradient = dict.fromkeys(("q_segments", "kv_segments", "q_positions", "kv_positions", "dropout"))
-    gradients = {"q": _join_rows(dq, axis=3), "k": dk.astype(call.k.dtype), "v": dv.astype(call.v.dtype)}
-    dbias = jax.tree.map(lambda d, x: d.astype(x.dtype), dbias, call.bias)
-    return (dataclasses.replace(call, **gradients, bias=dbias, **no_gradient),)
+    return (dataclasses.replace(call, q=dq, k=dk, v=dv, bias=dbias, **no_gradient),)
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _forward_row(tiling: Tiling, call: Call, row) -> tuple[Float[Array, "B G R q Dv"], Float[Array, "B H q"]]:
-    q = _cut(call.q, tiling, "L", row, axis=3)
-    B, G, R, n, _ = q.shape
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Heads and batch rows of a call that are computed together; `group` is traced."""
+
+    tiling: Tiling
+    call: Call
+    group: Any
+
+    @property
+    def windows(self) -> biases.Windows:
+        """Where the group lies along batch rows and heads (G: of keys and values)."""
+        t, groups_of_heads = self.tiling, self.tiling.H // self.tiling.h_tile
+        b, h = self.group // groups_of_heads * t.b_tile, self.group % groups_of_heads * t.h_tile
+        return {"B": (b, t.b_tile), "H": (h, t.h_tile), "G": (h // (t.H // t.G), t.g_tile)}
+
+    def cut(self, x, axes: str):
+        """The part of an array whose axes run along these letters, and further ones to keep whole."""
+        starts, sizes = self._bounds(x, axes)
+        return lax.dynamic_slice(x, starts, sizes)
+
+    def put(self, total, axes: str, part):
+        """`total` with `part` in the place that `cut` takes it from."""
+        return lax.dynamic_update_slice(total, part.astype(total.dtype), self._bounds(total, axes)[0])
+
+    def _bounds(self, x, axes: str) -> tuple[list, list[int]]:
+        windows = self.windows
+        is_cut = [i < len(axes) and axes[i] in windows and size > 1 for i, size in enumerate(x.shape)]
+        starts = [jnp.int32(windows[axes[i]][0] if is_cut[i] else 0) for i in range(x.ndim)]
+        return starts, [windows[axes[i]][1] if is_cut[i] else size for i, size in enumerate(x.shape)]
+
+    def keys_and_values(self) -> tuple[Float[Array, "b g S D"], Float[Array, "b g S Dv"]]:
+        """Of the group."""
+        return self.cut(self.call.k, "BG"), self.cut(self.call.v, "BG")
+
+    def add(self, total: Float[Array, "B G S D"], part: Float[Array, "b g D S"]) -> Float[Array, "B G S D"]:
+        """`total` with the group's gradient of keys or values added."""
+        return self.put(total, "BG", self.cut(total, "BG") + jnp.swapaxes(part, 2, 3))
+
+
+@dataclasses.dataclass(frozen=True)
+class Row(Group):
+    """One row of tiles of a group; `row` is traced."""
+
+    row: Any
+
+    @property
+    def windows(self) -> biases.Windows:
+        """Where the row lies along batch rows, heads and queries."""
+        return {**super().windows, "L": (self.row * self.tiling.q_tile, self.tiling.q_tile)}
+
+    def queries(self, x: Float[Array, "B H L D"]) -> Float[Array, "b g n D"]:
+        """The row's queries, or what else has that shape, by key/value head."""
+        return self.by_kv_head(self.cut(x, "BHL"))
+
+    def index(self, name: str) -> Int[Array, "n"]:
+        """The indices of the row along "B", "H" or "L"."""
+        start, size = self.windows[name]
+        return start + jnp.arange(size)
+
+    def start(self, blocks):
+        """Where the keys of neighbouring blocks begin, given the first; so that none lies past the end, perhaps before it."""
+        t = self.tiling
+        return jnp.minimum(blocks[0], t.blocks - t.width) * t.kv_block
+
+    def kv_index(self, blocks) -> Int[Array, "k"]:
+        """The indices of the keys of these blocks, also of those (negative) that only fill up a visit."""
+        size = self.tiling.kv_block
+        if not self.tiling.gathered:
+            return self.start(blocks) + jnp.arange(self.tiling.width * size)
+        return (jnp.where(blocks < 0, ~blocks, blocks)[:, None] * size + jnp.arange(size)[None]).reshape(-1)
+
+    def is_key(self, blocks) -> Bool[Array, "k"]:
+        """Which keys of these blocks count: those of the sequence that are not there only to fill up a visit."""
+        index, size = self.kv_index(blocks), self.tiling.kv_block
+        counts = jnp.repeat(blocks >= 0, size) if self.tiling.gathered else index >= blocks[0] * size
+        return (index < self.tiling.S) & counts
+
+    def take(self, x: Float[Array, "b g S D"], blocks) -> Float[Array, "b g k D"]:
+        """These blocks of keys, one after the other."""
+        return self._take(x, blocks, axis=2)
+
+    def _take(self, x, blocks, axis: int):
+        if self.tiling.gathered:
+            return jnp.take(x, self.kv_index(blocks), axis, mode="clip")
+        return lax.dynamic_slice_in_dim(x, self.start(blocks), self.tiling.width * self.tiling.kv_block, axis)
+
+    def add_blocks(self, total: Float[Array, "b g D S"], blocks, part: Float[Array, "b g D k"]) -> Float[Array, "b g D S"]:
+        """`total` with `part` added to these blocks of keys."""
+        if self.tiling.gathered:
+            size = self.tiling.kv_block
+            starts = list(jnp.where(blocks < 0, ~blocks, blocks) * size)
+        else:
+            size, starts = part.shape[3], [self.start(blocks)]
+        for i, start in enumerate(starts):
+            new = lax.dynamic_slice_in_dim(total, start, size, 3) + part[..., i * size : (i + 1) * size]
+            total = lax.dynamic_update_slice_in_dim(total, new, start, 3)
+        return total
+
+    def bias_windows(self, blocks) -> biases.Windows:
+        """Where a tile lies in the bias; keys that are no neighbours do not go with a bias that has an axis of keys."""
+        if self.tiling.gathered:
+            return self.windows
+        return {**self.windows, "S": (self.start(blocks), self.tiling.width * self.tiling.kv_block)}
+
+    def visit(self, visit, carry):
+        """`carry = visit(carry, blocks, tested)` over the tiles of the row, `width` blocks of keys at a time."""
+        size = self.tiling.width if self.tiling.gathered else 1
+        for tested, listed in zip((False, True), tile_lists(self.tiling, self.call)):
+            if listed.total:
+                head = 0 if len(listed.counts) == 1 else self.windows["H"][0]
+                blocks = jnp.asarray(listed.columns)[head, self.row]
+
+                def body(i, carry, tested=tested, blocks=blocks):
+                    return visit(carry, lax.dynamic_slice_in_dim(blocks, i * size, size), tested)
+
+                carry = lax.fori_loop(0, jnp.asarray(listed.counts)[head, self.row], body, carry)
+        return carry
+
+    def scores(self, blocks, tested: bool):
+        """The function (products, bias of the tile) -> scores [B, H, q, k], -inf where not allowed."""
+        q_pos, kv_pos = self._positions(blocks)
+
+        def scores(products, bias):
+            s = transform_scores(self.call, bias, products, q_pos, kv_pos, self.index("H"))
+            return jnp.where(self._allowed(blocks, q_pos, kv_pos), s, -jnp.inf) if tested else s
+
+        return scores
+
+    def _positions(self, blocks) -> tuple[Int[Array, "_ q"], Int[Array, "_ k"]]:
+        call, t = self.call, self.tiling
+        if call.q_positions is None:
+            return (self.index("L") + (t.S - t.L))[None], self.kv_index(blocks)[None]
+        return self.cut(call.q_positions, "BL"), self._take(self.cut(call.kv_positions, "BS"), blocks, axis=1)
+
+    def _allowed(self, blocks, q_pos, kv_pos):
+        call, t = self.call, self.tiling
+        allowed = self._mask(q_pos[:, None, :, None], kv_pos[:, None, None, :])
+        if t.width > 1 or t.padded["S"] > t.S:
+            allowed = allowed & self.is_key(blocks)[None, None, None, :]
+        if call.q_segments is not None:
+            q_segments = self.cut(call.q_segments, "BL")
+            kv_segments = self._take(self.cut(call.kv_segments, "BS"), blocks, axis=1)
+            allowed = allowed & (q_segments[:, None, :, None] == kv_segments[:, None, None, :])
+        return allowed
+
+    def _mask(self, q_pos, kv_pos):
+        """What the mask of the row's heads allows; where heads differ a row has one head."""
+        of_head = of_heads(self.call.mask)
+        number = {mask: i for i, mask in enumerate(dict.fromkeys(of_head))}
+        if len(number) == 1:
+            return of_head[0].allowed(q_pos, kv_pos)
+        which = jnp.asarray([number[mask] for mask in of_head])[self.windows["H"][0]]
+        shape = jnp.broadcast_shapes(q_pos.shape, kv_pos.shape)
+        rules = [functools.partial(lambda mask: jnp.broadcast_to(mask.allowed(q_pos, kv_pos), shape), mask) for mask in number]
+        return lax.switch(which, rules)
+
+    def products(self, q: Float[Array, "b g n D"], k: Float[Array, "b g k D"]) -> Float[Array, "b h q k"]:
+        """scale q k^T, by query head."""
+        products = jnp.einsum("bgnd,bgkd->bgnk", q, k, preferred_element_type=statistics_dtype(q.dtype))
+        return self.call.scale * self.by_head(products)
+
+    def by_head(self, x):
+        """[b, g, r q, ...] to [b, h, q, ...], r being the query heads of one key/value head."""
+        return x.reshape(x.shape[0], self.tiling.h_tile, self.tiling.q_tile, *x.shape[3:])
+
+    def by_kv_head(self, x):
+        """[b, h, q, ...] to [b, g, r q, ...]."""
+        return x.reshape(x.shape[0], self.tiling.g_tile, -1, *x.shape[3:])
+
+    def dropout(self, blocks) -> Float[Array, "b h q k"] | float:
+        """What the weights of a tile are multiplied by."""
+        if self.call.dropout is None:
+            return 1.0
+        return self.call.dropout.scale(self.index("B"), self.index("H"), self.index("L"), self.kv_index(blocks))
+
+
+def _forward_row(row: Row, keys, values) -> tuple[Float[Array, "b h q Dv"], Float[Array, "b h q"]]:
+    call, q = row.call, row.queries(row.call.q)
     dtype = statistics_dtype(q.dtype)
 
-    def visit(carry, column, tested):
+    def visit(carry, blocks, tested):
         m, l, acc = carry
-        k, v = _cut(call.k, tiling, "S", column, axis=2), _cut(call.v, tiling, "S", column, axis=2)
-        s = _tile_scores(tiling, call, row, column, tested)(_products(call, q, k), _cut_bias(tiling, call, row, column))
+        k, v = row.take(keys, blocks), row.take(values, blocks)
+        s = row.scores(blocks, tested)(row.products(q, k), biases.cut(call.bias, row.bias_windows(blocks)))
         m_new = jnp.maximum(m, s.max(axis=-1))
         shift = jnp.where(m_new == -jnp.inf, 0, m_new)
         p = jnp.exp(s - shift[..., None])
         rescale = jnp.exp(m - shift)
         l = rescale * l + p.sum(axis=-1)
-        p = (p * _tile_dropout(tiling, call, row, column)).reshape(B, G, R, n, -1).astype(v.dtype)
-        pv = jnp.einsum("bgrqk,bgkd->bgrqd", p, v, preferred_element_type=dtype)
-        return m_new, l, rescale.reshape(B, G, R, n, 1) * acc + pv
+        p = row.by_kv_head(p * row.dropout(blocks)).astype(v.dtype)
+        pv = jnp.einsum("bgnk,bgkd->bgnd", p, v, preferred_element_type=dtype)
+        return m_new, l, rescale[..., None] * acc + row.by_head(pv)
 
-    empty = (jnp.full((B, G * R, n), -jnp.inf, dtype), jnp.zeros((B, G * R, n), dtype))
-    m, l, acc = _visit_row(tiling, call, row, visit, (*empty, jnp.zeros((B, G, R, n, call.v.shape[-1]), dtype)))
+    shape = row.by_head(q).shape[:3]
+    start = jnp.full(shape, -jnp.inf, dtype), jnp.zeros(shape, dtype), jnp.zeros((*shape, call.v.shape[-1]), dtype)
+    m, l, acc = row.visit(visit, start)
     l_or_one = jnp.where(l == 0, 1, l)
-    out = (acc / l_or_one.reshape(B, G, R, n, 1)).astype(q.dtype)
-    return out, jnp.where(l == 0, -jnp.inf, m + jnp.log(l_or_one))
+    return acc / l_or_one[..., None], jnp.where(l == 0, -jnp.inf, m + jnp.log(l_or_one))
 
 
-def _backward_row(tiling: Tiling, call: Call, lse, dout, delta, totals, row):
-    """One row's dq [B, G, R, q, D], and `totals` (dk, dv, dbias) with the row's part added."""
-    q, do = (_cut(x, tiling, "L", row, axis=3) for x in (call.q, dout))
-    lse, delta = (_cut(x, tiling, "L", row, axis=2) for x in (lse, delta))
-    lse = jnp.where(lse == -jnp.inf, 0, lse)
-    B, G, R, n, _ = q.shape
-    dtype = lse.dtype
-    product = functools.partial(jnp.einsum, preferred_element_type=dtype)
+def _backward_row(row: Row, keys, values, lse, dout, delta, *totals):
+    """The row's dq [b, h, q, D], and `totals` (dk, dv of the group, transposed, and dbias) with the row's part added."""
+    call = row.call
+    q, do = row.queries(call.q), row.queries(dout)
+    q_t, do_t = jnp.swapaxes(q, 2, 3), jnp.swapaxes(do, 2, 3)
+    lse, delta = (row.cut(x, "BHL")[..., None] for x in (lse, delta))
+    product = functools.partial(jnp.einsum, preferred_element_type=lse.dtype)
 
-    def visit(carry, column, tested):
+    def visit(carry, blocks, tested):
         dq, dk, dv, dbias = carry
-        k, v = _cut(call.k, tiling, "S", column, axis=2), _cut(call.v, tiling, "S", column, axis=2)
-        scores = _tile_scores(tiling, call, row, column, tested)
-        s, pullback = jax.vjp(scores, _products(call, q, k), _cut_bias(tiling, call, row, column))
-        p = jnp.exp(s - lse[..., None])
-        keep = _tile_dropout(tiling, call, row, column)
-        dp = product("bgrqd,bgkd->bgrqk", do, v).reshape(s.shape) * keep
-        ds, dbias_tile = pullback(p * (dp - delta[..., None]))
-        ds = (call.scale * ds).reshape(B, G, R, n, -1).astype(q.dtype)
-        p = (p * keep).reshape(B, G, R, n, -1).astype(do.dtype)
-        dk = _add(dk, tiling, column, product("bgrqk,bgrqd->bgkd", ds, q))
-        dv = _add(dv, tiling, column, product("bgrqk,bgrqd->bgkd", p, do))
-        dbias = biases.add_to(dbias, dbias_tile, tiling.windows(row, column))
-        return dq + product("bgrqk,bgkd->bgrqd", ds, k), dk, dv, dbias
+        k, v = row.take(keys, blocks), row.take(values, blocks)
+        windows = row.bias_windows(blocks)
+        s, pullback = jax.vjp(row.scores(blocks, tested), row.products(q, k), biases.cut(call.bias, windows))
+        p = jnp.exp(s - lse)
+        keep = row.dropout(blocks)
+        dp = row.by_head(product("bgnd,bgkd->bgnk", do, v)) * keep
+        ds, dbias_tile = pullback(p * (dp - delta))
+        ds = row.by_kv_head(call.scale * ds).astype(q.dtype)
+        p = row.by_kv_head(p * keep).astype(do.dtype)
+        dk = row.add_blocks(dk, blocks, product("bgdn,bgnk->bgdk", q_t, ds))
+        dv = row.add_blocks(dv, blocks, product("bgdn,bgnk->bgdk", do_t, p))
+        return dq + product("bgnk,bgkd->bgnd", ds, k), dk, dv, biases.add_to(dbias, dbias_tile, windows)
 
-    dq, *totals = _visit_row(tiling, call, row, visit, (jnp.zeros(q.shape, dtype), *totals))
-    return tuple(totals), dq.astype(q.dtype)
-
-
-def _visit_row(tiling: Tiling, call: Call, row, visit, carry):
-    """`carry = visit(carry, column, tested)` over the tiles of a row that the mask leaves."""
-    for tested, listed in zip((False, True), _tile_lists(tiling, call)):
-        if listed.total:
-            columns = jnp.asarray(listed.columns)[row]
-            body = functools.partial(lambda tested, columns, t, carry: visit(carry, columns[t], tested), tested, columns)
-            carry = lax.fori_loop(0, jnp.asarray(listed.counts)[row], body, carry)
-    return carry
+    dq, *totals = row.visit(visit, (jnp.zeros(q.shape, lse.dtype), *totals))
+    return row.by_head(dq), *totals
 
 
-def _tile_lists(tiling: Tiling, call: Call) -> tuple[tiles.TileList, tiles.TileList]:
-    columns = -(-tiling.S // tiling.kv_tile)
+def tile_lists(tiling: Tiling, call: Call) -> tuple[TileList, TileList]:
+    """The tiles of every row to visit without a test, and with one."""
     if call.q_positions is None:
-        q_positions, kv_positions = np.arange(tiling.S - tiling.L, tiling.S), np.arange(tiling.S)
-        kinds = tiles.classify(call.mask, q_positions, kv_positions, tiling.q_tile, tiling.kv_tile)
+        kinds = tiles.tables(call.mask, tiling.L, tiling.S, tiling.q_tile, tiling.kv_block)
     else:
-        kinds = np.full((tiling.rows, columns), call.mask.tile(*tiles.ANYWHERE))
-    is_cut_short = np.arange(columns) == (columns - 1 if tiling.S % tiling.kv_tile else columns)
-    return tiles.split(kinds, needs_test=is_cut_short | (call.q_segments is not None))
-
-
-def _tile_scores(tiling: Tiling, call: Call, row, column, tested: bool):
-    """The function (products, bias of the tile) -> scores [B, H, q, k], -inf where not allowed."""
-    q_index = row * tiling.q_tile + jnp.arange(tiling.q_tile)
-    kv_index = column * tiling.kv_tile + jnp.arange(tiling.kv_tile)
-    if call.q_positions is None:
-        q_pos, kv_pos = (q_index + (tiling.S - tiling.L))[None], kv_index[None]
-    else:
-        q_pos = _cut(call.q_positions, tiling, "L", row, axis=1)
-        kv_pos = _cut(call.kv_positions, tiling, "S", column, axis=1)
-
-    def scores(products, bias):
-        s = transform_scores(call, bias, products, q_pos, kv_pos)
-        if not tested:
-            return s
-        allowed = call.mask.allowed(q_pos[:, None, :, None], kv_pos[:, None, None, :])
-        if tiling.S % tiling.kv_tile:
-            allowed = allowed & (kv_index < tiling.S)[None, None, None, :]
-        if call.q_segments is not None:
-            q_segments = _cut(call.q_segments, tiling, "L", row, axis=1)
-            kv_segments = _cut(call.kv_segments, tiling, "S", column, axis=1)
-            allowed = allowed & (q_segments[:, None, :, None] == kv_segments[:, None, None, :])
-        return jnp.where(allowed, s, -jnp.inf)
-
-    return scores
-
-
-def _products(call: Call, q: Float[Array, "B G R q D"], k: Float[Array, "B G k D"]) -> Float[Array, "B H q k"]:
-    products = jnp.einsum("bgrqd,bgkd->bgrqk", q, k, preferred_element_type=statistics_dtype(q.dtype))
-    B, G, R, *tile = products.shape
-    return call.scale * products.reshape(B, G * R, *tile)
-
-
-def _tile_dropout(tiling: Tiling, call: Call, row, column) -> Float[Array, "B H q k"] | float:
-    if call.dropout is None:
-        return 1.0
-    B, G, R, *_ = call.q.shape
-    q_index = row * tiling.q_tile + jnp.arange(tiling.q_tile)
-    kv_index = column * tiling.kv_tile + jnp.arange(tiling.kv_tile)
-    return call.dropout.scale(jnp.arange(B), jnp.arange(G * R), q_index, kv_index)
-
-
-def _cut_bias(tiling: Tiling, call: Call, row, column) -> Bias | None:
-    return biases.cut(call.bias, tiling.windows(row, column))
-
-
-def _cut(x, tiling: Tiling, name: str, index, axis: int):
-    size = tiling.q_tile if name == "L" else tiling.kv_tile
-    return lax.dynamic_slice_in_dim(x, index * size, size, axis)
-
-
-def _add(total, tiling: Tiling, column, part):
-    old = _cut(total, tiling, "S", column, axis=2)
-    return lax.dynamic_update_slice_in_dim(total, old + part, column * tiling.kv_tile, axis=2)
-
-
-def _join_rows(x: Any, axis: int):
-    """[rows, ..., q, ...] to [..., rows q, ...], `axis` being that of q in the result."""
-    x = jnp.moveaxis(x, 0, axis)
-    return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+        kinds = np.array([mask.tile(*tiles.ANYWHERE) for mask in of_heads(call.mask)], np.int8)
+        kinds = np.broadcast_to(kinds[:, None, None], (len(kinds), tiling.rows, tiling.blocks))
+    is_cut_short = np.arange(tiling.blocks) * tiling.kv_block + tiling.kv_block > tiling.S
+    split = tiles.split if tiling.gathered else tiles.split_runs
+    return split(kinds, is_cut_short | (call.q_segments is not None), tiling.width)

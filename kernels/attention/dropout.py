@@ -16,8 +16,9 @@ class Dropout:
     """Zero each attention weight with probability `rate` and divide the rest by 1 - rate (Srivastava et al. 2014).
 
     The weight of query i and key j, head h, batch row b, is dropped by a hash of (key, b, h, i, j): nothing is stored for the
-    backward pass, and a kernel evaluates it per tile. `rate` is static, 0 <= rate < 1; `key` is a JAX PRNG key. The normaliser
-    (and so the log-sum-exp) is that of the weights before dropping, as in FlashAttention (Dao et al. 2022, algorithm 2).
+    backward pass, and a kernel evaluates it per tile. `rate` is static, 0 <= rate < 1; `key` is a JAX PRNG key, or inside a
+    kernel its words. The normaliser (and so the log-sum-exp) is that of the weights before dropping, as in FlashAttention (Dao
+    et al. 2022, algorithm 2).
     """
 
     rate: float
@@ -27,11 +28,15 @@ class Dropout:
         if not 0 <= self.rate < 1:
             raise ValueError(f"Dropout(rate={self.rate}): the rate is a probability; use 0 <= rate < 1")
 
+    def with_words(self) -> "Dropout":
+        """The same dropout with an array of words in place of the key, which a kernel can load; it is used as a tuple of them."""
+        return dataclasses.replace(self, key=_key_words(self.key))
+
     def keep(
         self, batch: Int[Array, "b"], head: Int[Array, "h"], q_index: Int[Array, "q"], kv_index: Int[Array, "k"]
     ) -> Bool[Array, "b h q k"]:
         """True where the weight is kept; the arguments are indices into the arrays, not positions."""
-        words = _key_words(self.key)
+        words = self.key if isinstance(self.key, tuple) else _key_words(self.key)
         seed = _mix(batch[:, None, None].astype(jnp.uint32) ^ words[0])
         seed = _mix(seed + _mix(head[None, :, None].astype(jnp.uint32) ^ words[-1]))
         seed = _mix(seed + q_index[None, None, :].astype(jnp.uint32) * np.uint32(0x9E3779B9))

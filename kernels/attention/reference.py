@@ -5,12 +5,14 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from kernels.attention.call import Call, default_positions, statistics_dtype, transform_scores
+from kernels.attention.masks import of_heads
 
 
-def allowed_pairs(call: Call) -> Bool[Array, "_ 1 L S"]:
-    """Which pairs the mask and the segments allow."""
+def allowed_pairs(call: Call) -> Bool[Array, "_ h L S"]:
+    """Which pairs the mask and the segments allow; h is 1 where all heads share a mask, else H."""
     q_pos, kv_pos = positions(call)
-    allowed = call.mask.allowed(q_pos[:, None, :, None], kv_pos[:, None, None, :])
+    pairs = q_pos[:, None, :, None], kv_pos[:, None, None, :]
+    allowed = jnp.concatenate([mask.allowed(*pairs) for mask in of_heads(call.mask)], axis=1)
     if call.q_segments is not None:
         allowed = allowed & (call.q_segments[:, None, :, None] == call.kv_segments[:, None, None, :])
     return allowed
@@ -35,7 +37,7 @@ def attend(call: Call) -> tuple[Float[Array, "B L H Dv"], Float[Array, "B L H"]]
     q, k, v = (x.astype(dtype) for x in (call.q, call.k, call.v))
     q = q.reshape(B, L, G, H // G, D)
     score = call.scale * jnp.einsum("blgrd,bsgd->bgrls", q, k, precision="highest").reshape(B, H, L, S)
-    score = transform_scores(call, call.bias, score, *positions(call))
+    score = transform_scores(call, call.bias, score, *positions(call), jnp.arange(H))
     score = jnp.where(allowed_pairs(call), score, -jnp.inf)
 
     m = lax.stop_gradient(score.max(axis=-1, keepdims=True))

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import attention_cases
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from kernels import attention
 from kernels.attention import Dropout, biases, chunked, explain, masks
 from kernels.attention.api import IMPLEMENTATIONS
+from kernels.attention.call import Call
 
 NAMES = sorted(IMPLEMENTATIONS)
 FAST = sorted(set(NAMES) - {"reference"})
@@ -32,8 +34,7 @@ def quick_compile():
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Tiles of at most 16 x 32, so that short sequences have many."""
-    monkeypatch.setattr(chunked, "MIN_Q_TILE", 8)
-    monkeypatch.setattr(chunked, "MAX_Q_TILE", 16)
+    monkeypatch.setattr(chunked, "TILE_SIZES", attention_cases.SMALL_TILES)
 
 
 def distance_bias(score, q_pos, kv_pos, head, params):
@@ -106,6 +107,38 @@ CASES = {
     ),
 }
 
+CASES |= {
+    "by head, grouped, positions": Case(
+        40,
+        50,
+        H=4,
+        options=lambda c, rng: {
+            "mask": masks.PerHead((masks.Causal(), masks.Window(5), masks.Blocks(16, ((0, 3), (1,), (), (2,))), masks.Causal())),
+            "q_positions": jnp.asarray(rng.integers(0, 64, (2, c.L))),
+        },
+    ),
+    "by head, one key head, packed documents, dropout": Case(
+        50,
+        50,
+        H=3,
+        G=1,
+        options=lambda c, rng: {
+            "mask": masks.Causal() & masks.PerHead((masks.Window(9), masks.Strided(7), masks.Full())),
+            "segment_ids": ids(rng, 2, c.L),
+            "dropout": Dropout(0.2, jax.random.key(2)),
+        },
+    ),
+    "gathered keys, padding": Case(
+        65,
+        70,
+        H=4,
+        options=lambda c, rng: {
+            "mask": masks.Blocks(8, [[(5 * i) % 9, (7 * i + 2) % 9, i] for i in range(9)]),
+            "segment_ids": (jnp.ones((2, c.L), int), jnp.asarray(rng.random((2, c.S)) < 0.7, int)),
+        },
+    ),
+}
+
 
 def run(name, case, dtype, *, return_lse=False, times=1):
     """out (and lse), and the gradients by q, k, v and the bias's arrays; a list of arrays for each time."""
@@ -159,6 +192,47 @@ def plain_softmax(q, k, v):
     """Vaswani et al. 2017, eq. 1, as one would write it, without groups or masks."""
     scores = jnp.einsum("blhd,bshd->bhls", q, k) / np.sqrt(q.shape[-1]).astype(q.dtype)
     return jnp.einsum("bhls,bshd->blhd", jax.nn.softmax(scores, axis=-1), v)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("mask", attention_cases.MASKS)
+def test_every_mask_in_every_implementation(small_tiles, quick_compile, mask, name):
+    mask, L, S, H = attention_cases.MASKS[mask]
+    check_errors(name, mask, attention_cases.Sizes(L, S, H))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("length", [1, 2, 63, 127, pytest.param(1000, marks=pytest.mark.slow)])
+def test_lengths(quick_compile, length, name):
+    """In tiles of the default sizes; 1000 is several of them, none of which it fills."""
+    check_errors(name, masks.Causal(), attention_cases.Sizes(length, length))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_large_scores_do_not_overflow(small_tiles, quick_compile, name):
+    """Scores near 1e4, whose exponentials are infinite or zero: the softmax is one-hot, and gradients stay finite."""
+    sizes = attention_cases.Sizes(33, 50, large=1e4)
+    check_errors(name, masks.Causal(), sizes)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("L", "S"), [(1, 1), (2, 2), (63, 63), (65, 65), (127, 127), (1000, 1000), (40, 130), (130, 40)])
+@pytest.mark.parametrize("mask", attention_cases.MASKS)
+def test_every_mask_implementation_and_length(small_tiles, mask, L, S, name):
+    mask, _, _, H = attention_cases.MASKS[mask]
+    problem = mask.problem(H, L, S)
+    if problem is not None:
+        pytest.skip(problem)
+    check_errors(name, mask, attention_cases.Sizes(L, S, H, G=1, Dv=6, B=2))
+
+
+def check_errors(name, mask, sizes):
+    reason = attention_cases.reason_against(name, sizes, mask=mask)
+    if reason is not None:
+        pytest.skip(reason)
+    attention_cases.check_errors(name, mask, sizes)
 
 
 def test_reference_is_softmax_attention_head_by_head():
@@ -223,6 +297,38 @@ def test_chunked_never_visits_a_tile_that_the_mask_rules_out(small_tiles, quick_
     value, dq = jax.value_and_grad(loss)(q)
     assert np.isfinite(value) and np.isfinite(dq[:, clean]).all()
     assert np.isnan(attend(q, k, v, implementation="chunked")).all()
+
+
+def test_chunked_gathers_where_a_pattern_is_scattered(small_tiles):
+    """So that the cases above try both kinds of tiles."""
+    is_gathered = {}
+    for name, (mask, L, S, H) in attention_cases.MASKS.items():
+        q, k, v = attention_cases.Sizes(L, S, H).arguments(jnp.float32)
+        is_gathered[name] = chunked.tiling_of(Call(q, k, v, *[None] * 6, mask=mask, softcap=None, scale=1.0)).gathered
+    assert is_gathered["global"] and is_gathered["butterfly"] and not is_gathered["causal"] and not is_gathered["window"]
+
+
+@pytest.mark.parametrize("gathered", [False, True])
+@pytest.mark.parametrize("mask", ["causal", "strided", "bigbird", "by head", "nothing"])
+def test_chunked_visits_no_more_tiles_than_the_pattern_needs(monkeypatch, mask, gathered):
+    """Counted in the loop, against the blocks of 16 x 8 that the pairs themselves touch; a tile has up to four of them."""
+    width, (mask, L, S, H) = 4, attention_cases.MASKS[mask]
+    q, k, v = attention_cases.Sizes(L, S, H).arguments(jnp.float32)
+    call = Call(q, k, v, *[None] * 6, mask=mask, softcap=None, scale=1.0)
+    tiling = dataclasses.replace(chunked.tiling_of(call), q_tile=16, kv_block=8, width=width, gathered=gathered)
+    monkeypatch.setattr(chunked, "tiling_of", lambda call: tiling)
+    counted = np.asarray(chunked.visits(call))
+    assert counted.shape == (tiling.groups, tiling.rows)
+    for group, row in np.ndindex(counted.shape):
+        pairs = attention_cases.allowed_pairs(mask, L, S)
+        pairs = pairs[group % len(pairs), 16 * row : 16 * row + 16]
+        columns = [c for c in range(-(-S // 8)) if pairs[:, 8 * c : 8 * c + 8].any()]
+        least = -(-len(columns) // width)
+        if not gathered:
+            least, end = 0, -1
+            for column in columns:
+                least, end = (least, end) if column < end else (least + 1, column + width)
+        assert least <= counted[group, row] <= least + gathered  # those of full blocks are apart
 
 
 def test_chunked_is_deterministic(small_tiles):

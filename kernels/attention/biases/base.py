@@ -1,4 +1,4 @@
-"""What happens to a score before the softmax: values that pair a static rule with the arrays it reads or learns.
+"""Base of all biases, the general ones, and how an implementation in tiles cuts a bias and adds up its gradients.
 
 A bias is a pytree whose leaves are its arrays, so that it goes through `jax.jit` and `jax.grad`, and gradients reach every leaf
 through every implementation. An implementation that works in tiles asks it two things:
@@ -9,6 +9,9 @@ through every implementation. An implementation that works in tiles asks it two 
   [B, H, L, S], of size 1 where they do not vary; elementwise, so that the rule traces in XLA and inside a kernel.
 
 Scores arrive multiplied by `scale` and soft-capped, and are masked afterwards. A score of -inf is a pair that is not allowed.
+
+Arrays per head carry an "H" axis, so that a tile receives its own heads' part, and the rule never indexes by head. Inside a GPU
+kernel a rule may capture no array: numbers it needs are leaves or Python scalars.
 """
 
 import dataclasses
@@ -25,7 +28,12 @@ Axes = tuple[str | None, ...]
 
 
 class Bias:
-    """Base of all biases; a subclass is registered as a pytree."""
+    """Base of all biases; a subclass is registered as a pytree.
+
+    gathers: the rule indexes an array by a computed index, which the Triton backend of Pallas cannot lower.
+    """
+
+    gathers: bool = False
 
     def axes(self) -> list[Axes]:
         """One tuple for each leaf, in the order of `jax.tree.leaves`."""
@@ -55,7 +63,7 @@ class Dense(Bias):
         return score + self.table.astype(score.dtype)
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["params"], meta_fields=["fn"])
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["params"], meta_fields=["fn", "gathers"])
 @dataclasses.dataclass(frozen=True)
 class Function(Bias):
     """fn(score, q_pos, kv_pos, head, params): any traced elementwise function, multiplicative forms included.
@@ -65,16 +73,74 @@ class Function(Bias):
 
         def alibi(score, q_pos, kv_pos, head, slopes):
             return score - slopes[head] * abs(q_pos - kv_pos)
+
+    gathers: set it to False if `fn` indexes no array, so that every implementation may run it.
     """
 
     fn: Callable[..., Score]
     params: Any = dataclasses.field(default=())
+    gathers: bool = True
 
     def axes(self):
         return [(None,) * jnp.ndim(leaf) for leaf in jax.tree.leaves(self.params)]
 
     def score(self, score, q_pos, kv_pos, head):
         return self.fn(score, q_pos, kv_pos, head, self.params).astype(score.dtype)
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["parts"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Chain(Bias):
+    """Several biases one after the other, the first of `parts` first."""
+
+    parts: tuple[Any, ...]
+
+    @property
+    def gathers(self) -> bool:
+        return any(part.gathers for part in self.parts)
+
+    def axes(self):
+        return [axes for part in self.parts for axes in part.axes()]
+
+    def score(self, score, q_pos, kv_pos, head):
+        for part in self.parts:
+            score = part.score(score, q_pos, kv_pos, head)
+        return score
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["bias", "q_positions", "kv_positions"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class At(Bias):
+    """`bias` at positions of its own [B or 1, L] and [B or 1, S], where the mask goes by others.
+
+    The positions are kept as float32, exact up to 2^24, so that all leaves of a bias have gradients (here zero).
+    """
+
+    bias: Any
+    q_positions: Any
+    kv_positions: Any
+
+    @classmethod
+    def positions(cls, bias: Bias, q: Int[Array, "_ L"], kv: Int[Array, "_ S"]) -> "At":
+        """`bias` at these integer positions."""
+        return cls(bias, q.astype(jnp.float32), kv.astype(jnp.float32))
+
+    @property
+    def gathers(self) -> bool:
+        return self.bias.gathers
+
+    def axes(self):
+        return [*self.bias.axes(), ("B", "L"), ("B", "S")]
+
+    def score(self, score, q_pos, kv_pos, head):
+        q_pos, kv_pos = self.q_positions.astype(jnp.int32), self.kv_positions.astype(jnp.int32)
+        return self.bias.score(score, q_pos[:, None, :, None], kv_pos[:, None, None, :], head)
+
+
+def chain(*parts: Bias | None) -> Bias | None:
+    """The biases that are not None, one after the other; None where there are none."""
+    given = tuple(part for part in parts if part is not None)
+    return Chain(given) if len(given) > 1 else next(iter(given), None)
 
 
 Windows = dict[str, tuple[Any, int]]

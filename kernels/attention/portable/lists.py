@@ -1,0 +1,139 @@
+"""Which tiles each program visits: block tables of the mask, made on the host before anything is traced.
+
+A `Lists` holds, for every line of tiles (a row for the forward pass and dq, a column for dk and dv), the tiles that the mask
+leaves, those that need no test first; tiles that it rules out are not in it. It is the block mask of FlexAttention (Dong et al.
+2024, arXiv 2412.05496) in compressed-row form. Where the mask cannot be evaluated in a kernel, because it looks something up or
+differs by head, the tiles to be tested are evaluated here, each different one stored once.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Bool, Int
+
+from kernels.attention import masks, tiles
+from kernels.attention.call import Call
+from kernels.attention.masks import FULL, SKIP, Mask
+from kernels.attention.portable.tiling import Tiling
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["bounds", "entries", "patterns", "stored"],
+    meta_fields=["heads", "any_free", "any_tested"],
+)
+@dataclasses.dataclass(frozen=True)
+class Lists:
+    """bounds[h, line] = (start, first tested, end) into `entries`, the other coordinate of each tile.
+
+    `patterns` says which of `stored` [patterns, q_tile, kv_tile] holds the allowed pairs of each entry; both are None where the
+    mask is evaluated in the kernel. `heads` is 1 where all heads share the lists.
+    """
+
+    bounds: Any
+    entries: Any
+    patterns: Any
+    stored: Any
+    heads: int
+    any_free: bool
+    any_tested: bool
+
+    @property
+    def visits(self) -> Int[np.ndarray, "h lines"]:
+        """How many tiles each line visits."""
+        return self.bounds[..., 2] - self.bounds[..., 0]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Verdicts:
+    """For each tile [h, rows, columns]: is it visited, must it be tested, and which stored pattern it is."""
+
+    visited: Bool[np.ndarray, "h rows columns"]
+    tested: Bool[np.ndarray, "h rows columns"]
+    patterns: Int[np.ndarray, "h rows columns"] | None
+    stored: Any
+
+
+def by_row(call: Call, tiling: Tiling) -> Lists:
+    """A line is a row of tiles, an entry a column."""
+    return _lists(*_key(call, tiling), order=(0, 1, 2))
+
+
+def by_column(call: Call, tiling: Tiling) -> Lists:
+    """A line is a column of tiles, an entry a row."""
+    return _lists(*_key(call, tiling), order=(0, 2, 1))
+
+
+def by_tile(call: Call, tiling: Tiling) -> Lists:
+    """A line is a single tile, row * columns + column; it has one entry, 0, or none."""
+    return _lists(*_key(call, tiling), order=None)
+
+
+def is_stored(mask: Mask) -> bool:
+    """Whether tiles to be tested are evaluated on the host, which needs positions known there."""
+    return mask.needs_table or len(masks.of_heads(mask)) > 1
+
+
+def _key(call: Call, tiling: Tiling):
+    given = call.q_positions is not None or call.kv_positions is not None
+    return call.mask, tiling.L, tiling.S, tiling.q_tile, tiling.kv_tile, given, call.q_segments is not None
+
+
+@functools.lru_cache(maxsize=256)
+def _lists(*key, order: tuple[int, int, int] | None) -> Lists:
+    verdicts = _verdicts(*key)
+
+    def lines(x):
+        return x.reshape(x.shape[0], -1, 1) if order is None else x.transpose(order)
+
+    visited, tested = lines(verdicts.visited), lines(verdicts.tested)
+    rank = np.where(visited, tested.astype(int), 2)  # 0 free, 1 tested, 2 left out
+    entries = np.argsort(rank, axis=-1, kind="stable")
+    is_listed = np.take_along_axis(rank, entries, axis=-1) < 2
+    counts = visited.sum(axis=-1)
+    ends = np.cumsum(counts).reshape(counts.shape)
+    starts = ends - counts
+    bounds = np.stack([starts, starts + (visited & ~tested).sum(axis=-1), ends], axis=-1).astype(np.int32)
+
+    def flat(x):
+        return np.append(x[is_listed], 0).astype(np.int32)  # never empty: a kernel's operand has at least one element
+
+    patterns = None
+    if verdicts.patterns is not None:
+        patterns = flat(np.take_along_axis(lines(verdicts.patterns), entries, axis=-1))
+    any_free, any_tested = bool((visited & ~tested).any()), bool((visited & tested).any())
+    return Lists(bounds, flat(entries), patterns, verdicts.stored, len(visited), any_free, any_tested)
+
+
+@functools.lru_cache(maxsize=64)
+def _verdicts(mask: Mask, L: int, S: int, q_tile: int, kv_tile: int, given: bool, segmented: bool) -> _Verdicts:
+    if given:
+        shape = (-(-L // q_tile), -(-S // kv_tile))
+        kinds = np.stack([np.full(shape, part.tile(*tiles.ANYWHERE)) for part in masks.of_heads(mask)])
+    else:
+        kinds = tiles.tables(mask, L, S, q_tile, kv_tile)
+    columns = kinds.shape[2]
+    is_cut_short = np.arange(columns) == (columns - 1 if S % kv_tile else columns)
+    visited = kinds != SKIP
+    tested = visited & ((kinds != FULL) | is_cut_short | segmented)
+    if not is_stored(mask):
+        return _Verdicts(visited, tested, None, None)
+    return _Verdicts(visited, tested, *_evaluate(mask, kinds, tested, L, S, q_tile, kv_tile))
+
+
+def _evaluate(mask: Mask, kinds, tested, L: int, S: int, q_tile: int, kv_tile: int):
+    """Which stored pattern each tested tile is, and the patterns; number 0 allows every pair."""
+    numbers = np.zeros(kinds.shape, np.int32)
+    stored = {np.ones((q_tile, kv_tile), np.int8).tobytes(): 0}
+    for h, part in enumerate(masks.of_heads(mask)):
+        for row, column in np.argwhere(tested[h] & (kinds[h] != FULL)):
+            q_pos = np.minimum(row * q_tile + np.arange(q_tile), L - 1) + (S - L)
+            kv_pos = np.minimum(column * kv_tile + np.arange(kv_tile), S - 1)
+            with jax.ensure_compile_time_eval():  # a predicate in jnp, while the call that asks is being traced
+                allowed = np.broadcast_to(part.allowed(q_pos[:, None], kv_pos[None]), (q_tile, kv_tile))
+            numbers[h, row, column] = stored.setdefault(allowed.astype(np.int8).tobytes(), len(stored))
+    patterns = [np.frombuffer(pattern, np.int8).reshape(q_tile, kv_tile) for pattern in stored]
+    return numbers, np.stack(patterns)

@@ -1,0 +1,30 @@
+"""The only file that knows which JAX version is running: what the Pallas kernels need that differs between 0.10 and 0.12.
+
+Pallas's Triton backend is deprecated since JAX 0.11 and still there in 0.12. Without compiler parameters, `pl.pallas_call` goes
+to Mosaic GPU on 0.10 and to Triton from 0.11 on; so every call here states them.
+"""
+
+import contextlib
+import re
+import warnings
+
+import jax
+from jax.experimental.pallas import triton
+
+TRITON_CALL = "__gpu$xla.gpu.triton"
+"""The target of the custom call that a Pallas kernel becomes when it is lowered for CUDA through Triton."""
+
+warnings.filterwarnings("ignore", message=re.escape("The Pallas Triton backend is deprecated"), category=DeprecationWarning)
+
+
+def triton_params(num_warps: int, num_stages: int) -> triton.CompilerParams:
+    """What makes `pl.pallas_call` compile through Triton: warps of a program, and stages of its loads' software pipeline."""
+    return triton.CompilerParams(num_warps=num_warps, num_stages=num_stages)
+
+
+def abstract_gpu() -> contextlib.AbstractContextManager:
+    """A context in which Pallas kernels lower for an H200 where there is no GPU, which JAX needs from 0.11 on."""
+    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
+    axis_types = (jax.sharding.AxisType.Auto,)
+    mesh = jax.sharding.AbstractMesh((1,), ("device",), axis_types=axis_types, abstract_device=device)
+    return jax.sharding.use_abstract_mesh(mesh)
