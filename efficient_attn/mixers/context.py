@@ -3,6 +3,7 @@
 from typing import Any
 
 import flax.struct
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
@@ -15,6 +16,7 @@ class Context:
     segment_ids: int [B, L], packed documents; nothing flows between different ids. None means one document a row.
     positions: int [B, L], of each token in its own document; None means 0..L-1.
     memory: what a mechanism attends besides its input (encoder states, cached segments).
+    bias: a position method that all layers share (`config.model.bias`); None means none.
     train: dropout is on and batch statistics are updated.
     decode: inputs continue what the `cache` collection holds, one token or one chunk at a time; without padding, and no
         further than the length that the cache was initialised with.
@@ -24,6 +26,7 @@ class Context:
     segment_ids: Any = None
     positions: Any = None
     memory: Any = None
+    bias: Any = None
     train: bool = flax.struct.field(pytree_node=False, default=False)
     decode: bool = flax.struct.field(pytree_node=False, default=False)
 
@@ -42,3 +45,14 @@ class Context:
             return self.segment_ids
         ids = jnp.zeros(self.mask.shape, jnp.int32) if self.segment_ids is None else self.segment_ids
         return jnp.where(self.mask, ids, -1)
+
+    def document_positions(self) -> Int[Array, "B L"] | None:
+        """How far each token is from the start of its packed document; None where nothing is packed.
+
+        What a pattern of absolute positions sees: `positions` may be sampled or shifted. A document's tokens are neighbours.
+        """
+        if self.segment_ids is None:
+            return None
+        index = jnp.broadcast_to(jnp.arange(self.segment_ids.shape[1], dtype=jnp.int32)[None], self.segment_ids.shape)
+        is_start = jnp.pad(self.segment_ids[:, 1:] != self.segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+        return index - jax.lax.cummax(jnp.where(is_start, index, 0), axis=1)
