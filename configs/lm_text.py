@@ -6,9 +6,18 @@ The model and schedule follow nanoGPT's recipe for a CPU (karpathy/nanoGPT, READ
 batch 12, 2,000 steps, validation loss 1.88 nats a character on tiny-Shakespeare in about 3 minutes). Rotary positions and
 bytes instead of learned positions and characters are our departures, as are context 128 and batch 32. Expected: below 1.95 nats
 a byte on tiny-Shakespeare's validation part, in a time of about five minutes on two CPU cores.
+
+The longformer recipe is that model with Longformer's autoregressive attention (Beltagy et al. 2020, section 4.1): windows that
+grow with depth, dilation on two heads of the upper layers. The paper's own sizes are for sequences of 2,048 to 23,040.
 """
 
+from configs.recipes_mamba import lm_text
 from efficient_attn.config import experiment
+
+TRANSFORMER = dict(
+    learning_rate=1e-3, schedule="cosine", warmup="100 steps", b2=0.99, weight_decay=0.1, clip_norm=1.0,
+    rules=((r".*/(scale|bias)", dict(weight_decay=0.0)), (r".*", {})),
+)  # fmt: skip
 
 RECIPES = {
     "transformer": {
@@ -16,10 +25,17 @@ RECIPES = {
             depth=4, width=128, feed_forward_width=512, tied=True,
             mixer=dict(name="softmax", num_heads=4, rotation=dict(name="rotary")),
         ),
-        "optimizer": dict(
-            learning_rate=1e-3, schedule="cosine", warmup="100 steps", b2=0.99, weight_decay=0.1, clip_norm=1.0,
-            rules=((r".*/(scale|bias)", dict(weight_decay=0.0)), (r".*", {})),
+        "optimizer": TRANSFORMER,
+    },
+    "longformer": {
+        "model": dict(
+            depth=4, width=128, feed_forward_width=512, tied=True,
+            mixer=tuple(
+                dict(name="longformer", num_heads=4, window=window, dilation=dilation, rotation=dict(name="rotary"))
+                for window, dilation in ((16, 1), (32, 1), (64, (1, 1, 2, 2)), (64, (1, 1, 2, 2)))
+            ),
         ),
+        "optimizer": TRANSFORMER,
     },
     "s5": {
         "model": dict(
@@ -35,6 +51,7 @@ RECIPES = {
             ),
         ),
     },
+    "mamba": lm_text(),
 }  # fmt: skip
 
 TRAIN = dict(

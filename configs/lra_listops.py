@@ -4,21 +4,31 @@
     python train.py --config=configs/lra_listops.py:s5
     python train.py --config=configs/lra_listops.py:transformer_small
 
-Published test accuracy: transformer 36.4 (Tay et al., table 1), transformer_small 36.0 to 38.4 (FlashAttention, table 3;
-Skyformer, table 1), s5 62.2 (Smith et al. 2023). What simple rules reach on the generated test split: majority class 15.4, root
-operator 35.4, exact depth-1 evaluation 58.9. Published time: transformer_small 2.2 h for 50,000 steps on a V100 (Skyformer,
-table 2); its schedule here is the 5,000 steps of mlpen/Nystromformer.
+Published test accuracy: transformer 36.4, local 15.8, sparse_transformer 17.1, longformer 35.6, bigbird 36.1, synthesizer
+37.0 (Tay et al., table 1), bigbird_small 39.3 (Skyformer, table 1, after 50,000 steps), transformer_small 36.0 to 38.4
+(FlashAttention, table 3; Skyformer, table 1), s5 62.2 (Smith et al. 2023). What simple rules reach on the generated test
+split: majority class 15.4, root operator 35.4, exact depth-1 evaluation 58.9. Published time: transformer_small 2.2 h for
+50,000 steps on a V100 (Skyformer, table 2); its schedule here is the 5,000 steps of mlpen/Nystromformer.
 
 The *_short recipes use the same generator at depth <= 5 and <= 100 tokens (majority 11.3, root operator 25.5) and need about
 ten minutes on two CPU cores:
 
     python train.py --config=configs/lra_listops.py:s5_short
+
+Of configs/recipes_ssm.py, published: s4 59.6, s4d 60.5 (Gu et al. 2022, S4 table 10 and S4D), lru 60.2 (Orvieto et al. 2023).
+
+Of configs/recipes_mamba.py: mamba, whose published figures disagree (MetaLA 38.0, xLSTM 32.5).
 """
 
-from configs.recipes import lra_transformer, s5, small_transformer
+from configs.recipes import lra_sparse, lra_transformer, s5, small_transformer
+from configs.recipes_mamba import lra_mamba
+from configs.recipes_ssm import lra_ssm
 from efficient_attn.config import experiment
 
 SHORT = dict(max_depth=5, max_args=5, min_length=20, max_length=100, max_tokens=100, num_examples=30_000)
+
+LRA = dict(depth=4, heads=8, width=512, mlp=1024, batch=32, steps=5_000, lr=0.05, warmup=1_000, weight_decay=0.1)
+SMALL = dict(batch=32, steps=5_000, warmup=1_000)
 
 RECIPES = {
     "s5": {
@@ -28,10 +38,12 @@ RECIPES = {
             ssm_lr=0.001, lr_factor=3, weight_decay=0.04, dropout=0.0, warmup_epochs=1, opt_config="BfastandCdecay",
         ),
     },
-    "transformer": lra_transformer(
-        depth=4, heads=8, width=512, mlp=1024, batch=32, steps=5_000, lr=0.05, warmup=1_000, weight_decay=0.1
-    ),
-    "transformer_small": small_transformer(batch=32, steps=5_000, warmup=1_000),
+    **lra_ssm("listops"),
+    **lra_mamba("listops"),
+    "transformer": lra_transformer(**LRA),
+    **lra_sparse(LRA, max_length=2001),
+    "transformer_small": small_transformer(**SMALL),
+    "bigbird_small": small_transformer(**SMALL, mixer=dict(name="bigbird")),
     "s5_short": {
         "task": SHORT,
         **s5(

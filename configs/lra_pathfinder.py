@@ -4,27 +4,47 @@ instead with `config.task.release_dir`.
 
     python train.py --config=configs/lra_pathfinder.py:s5
 
-Published test accuracy: transformer 71.4 (Tay et al., table 1), transformer_small 65.3 to 72.7 (Skyformer, table 1;
-FlashAttention, table 3), s5 95.3 (Smith et al. 2023); chance is 50, and a model can stay there for many epochs. Published time:
-transformer_small 2.6 h for 50,000 steps on a V100 (Skyformer, table 2).
+Published test accuracy: transformer 71.4, local 66.6, sparse_transformer 71.7, longformer 69.7, bigbird 74.9, synthesizer
+69.5 (Tay et al., table 1), bigbird_small 68.7 (Skyformer, table 1, after 50,000 steps), transformer_small 65.3 to 72.7
+(Skyformer, table 1; FlashAttention, table 3), s5 95.3 (Smith et al. 2023); chance is 50, and a model can stay there for many
+epochs. Published time: transformer_small 2.6 h for 50,000 steps on a V100 (Skyformer, table 2).
+
+Of configs/recipes_ssm.py, published: s4 94.2, s4d 93.1 (Gu et al. 2022, S4 table 10 and S4D), lru 95.1 (Orvieto et al. 2023).
+
+Of configs/recipes_mamba.py: mamba, whose published figures disagree (MetaLA 69.3, xLSTM 99.2).
 """
 
-from configs.recipes import lra_transformer, s5, small_transformer
+from configs.recipes import lra_sparse, lra_transformer, s5, small_transformer
+from configs.recipes_mamba import lra_mamba
+from configs.recipes_ssm import lra_ssm
 from efficient_attn.config import experiment
+
+LRA = dict(
+    depth=4, heads=4, width=32, qkv=16, mlp=32, batch=512, epochs=200, lr=1e-3, schedule="cosine", warmup=312,
+    weight_decay=0.0, pooling="mean", dropout=0.2, attention_dropout=0.1,
+)  # fmt: skip
+SPARSE = lra_sparse(
+    LRA,
+    max_length=1024,
+    local=dict(depth=2, width=64, qkv=32, mlp=64, dropout=0.1, mixer=dict(block_size=64)),
+    sparse_transformer=dict(depth=1, heads=8),
+    longformer=dict(depth=2, heads=2, dropout=0.1),
+    bigbird=dict(heads=2, width=64, qkv=32, mlp=64),
+    synthesizer=dict(depth=2, width=64, qkv=32, mlp=64),
+)
+SMALL = dict(batch=256, steps=62_400, warmup=312)
 
 RECIPES = {
     "s5": s5(
         layers=6, width=192, state=256, blocks=8, C_init="trunc_standard_normal", activation="half_glu1", batch=64, epochs=200,
         ssm_lr=0.0009, lr_factor=5, weight_decay=0.03, dropout=0.05, warmup_epochs=1, opt_config="standard", bn_momentum=0.9,
     ),
-    "transformer": {
-        "task": dict(as_tokens=True),
-        **lra_transformer(
-            depth=4, heads=4, width=32, qkv=16, mlp=32, batch=512, epochs=200, lr=1e-3, schedule="cosine", warmup=312,
-            weight_decay=0.0, pooling="mean", dropout=0.2, attention_dropout=0.1,
-        ),
-    },
-    "transformer_small": {"task": dict(as_tokens=True), **small_transformer(batch=256, steps=62_400, warmup=312)},
+    **lra_ssm("pathfinder"),
+    **lra_mamba("pathfinder"),
+    "transformer": {"task": dict(as_tokens=True), **lra_transformer(**LRA)},
+    **{name: {"task": dict(as_tokens=True), **recipe} for name, recipe in SPARSE.items()},
+    "transformer_small": {"task": dict(as_tokens=True), **small_transformer(**SMALL)},
+    "bigbird_small": {"task": dict(as_tokens=True), **small_transformer(**SMALL, mixer=dict(name="bigbird"))},
 }  # fmt: skip
 
 

@@ -5,9 +5,15 @@
 
 Published test accuracy: transformer at chance (50; "FAIL" in Tay et al., table 1), s5 98.6 (Smith et al. 2023). No published
 time for s5; S4 trained Path-X on one A100.
+
+Of configs/recipes_ssm.py, published: s4 96.4, s4d 92.0 (Gu et al. 2022, S4 table 10 and S4D), lru 94.2 (Orvieto et al. 2023).
+
+Of configs/recipes_mamba.py: mamba, whose published figures disagree (MetaLA 67.3).
 """
 
 from configs.recipes import lra_transformer, s5
+from configs.recipes_mamba import lra_mamba
+from configs.recipes_ssm import lra_ssm
 from efficient_attn.config import experiment
 
 RECIPES = {
@@ -16,6 +22,8 @@ RECIPES = {
         ssm_lr=0.0006, lr_factor=3, weight_decay=0.06, dropout=0.0, warmup_epochs=1, opt_config="BandCdecay", dt_min=0.0001,
         bn_momentum=0.9,
     ),
+    **lra_ssm("pathx"),
+    **lra_mamba("pathx"),
     "transformer": {
         "task": dict(as_tokens=True),
         **lra_transformer(

@@ -49,10 +49,15 @@ _INFINITY = float("inf")
 BOUNDS: Mapping[str, tuple[float, float, bool]] = {
     **dict.fromkeys(("depth", "width", "num_heads", "num_kv_heads", "head_dim", "state_dim", "blocks"), (1, _INFINITY, True)),
     **dict.fromkeys(("batch_size", "accumulate", "log_every"), (1, _INFINITY, True)),
+    **dict.fromkeys(("window", "dilation", "block_size", "num_blocks", "stride", "query_block", "rank"), (1, _INFINITY, True)),
+    **dict.fromkeys(("query_height", "query_width", "max_length", "conv_width", "trained_length"), (1, _INFINITY, True)),
+    **dict.fromkeys(("columns", "expand", "num_experts"), (1, _INFINITY, True)),
+    **dict.fromkeys(("look_back", "look_ahead", "memory", "memory_height", "memory_width"), (0, _INFINITY, True)),
+    **dict.fromkeys(("global_tokens", "num_random", "radius", "clip", "copies"), (0, _INFINITY, True)),
     **dict.fromkeys(("feed_forward_width", "eval_batch_size", "max_eval_batches", "patience", "prefetch"), (0, _INFINITY, True)),
     **dict.fromkeys(("weight_decay", "clip_norm", "early_stop", "lr_mult"), (0, _INFINITY, True)),
     **dict.fromkeys(("dropout", "embed_dropout", "label_smoothing", "ema", "b1", "b2", "norm_momentum"), (0, 1, True)),
-    **dict.fromkeys(("learning_rate", "eps", "dt_min", "dt_max", "embed_stddev"), (0, _INFINITY, False)),
+    **dict.fromkeys(("learning_rate", "eps", "dt_min", "dt_max", "embed_stddev", "stddev"), (0, _INFINITY, False)),
 }
 """Argument -> (low, high, whether low itself is allowed); `high` never is."""
 

@@ -17,6 +17,7 @@ from ml_collections import config_dict
 from efficient_attn import models, optim, positions, tasks
 from efficient_attn.arguments import ConfigError, arguments_of, check_arguments, is_optional, lookup
 from efficient_attn.mixers import MIXERS
+from efficient_attn.models import moe
 
 Config = Mapping[str, Any] | ml_collections.ConfigDict
 """A configuration as the config files make it, or its normal form."""
@@ -65,8 +66,11 @@ class TrainConfig:
 
 TABLES: Mapping[str, Callable[[str], Callable]] = {
     "mixer": lambda name: lookup(MIXERS, name, "model.mixer.name").constructor,
+    "experts": lambda name: lookup(moe.ROUTINGS, name, "model.experts.name"),
     "positions": lambda name: lookup(positions.EMBEDDINGS, name, "model.positions.name"),
     "rotation": lambda name: lookup(positions.ROTATIONS, name, "model.mixer.rotation.name"),
+    "bias": lambda name: lookup(positions.BIASES, name, "bias.name"),
+    "position_sampling": lambda name: lookup(positions.SAMPLINGS, name, "model.position_sampling.name"),
 }
 """Fields that hold dict(name=..., arguments): which constructor the name stands for."""
 

@@ -15,9 +15,26 @@ import numpy as np
 
 from efficient_attn.arguments import ConfigError, check_arguments, lookup
 from efficient_attn.mixers.attention import Attention
+from efficient_attn.mixers.bigbird import BigBird
+from efficient_attn.mixers.blockbert import BlockBERT
 from efficient_attn.mixers.context import Context
+from efficient_attn.mixers.dss import DSS
+from efficient_attn.mixers.gaussian import HardCodedGaussian
+from efficient_attn.mixers.global_local import GlobalLocal
 from efficient_attn.mixers.identity import Identity
+from efficient_attn.mixers.image_local import ImageLocal1D, ImageLocal2D
+from efficient_attn.mixers.linear_attention import LinearAttention
+from efficient_attn.mixers.local import BlockLocal, Local
+from efficient_attn.mixers.longformer import Longformer
+from efficient_attn.mixers.lru import LRU
+from efficient_attn.mixers.mamba import Mamba
+from efficient_attn.mixers.mamba2 import Mamba2
+from efficient_attn.mixers.s4 import S4
+from efficient_attn.mixers.s4d import S4D
+from efficient_attn.mixers.s4nd import REFUSES_DOCUMENTS, S4ND
 from efficient_attn.mixers.s5 import S5
+from efficient_attn.mixers.sparse_transformer import SparseTransformer
+from efficient_attn.mixers.synthesizer import Synthesizer
 
 __all__ = ["MIXERS", "S5", "Attention", "Context", "Entry", "Identity", "build", "state_size"]
 
@@ -31,6 +48,10 @@ class Entry:
     function: for `Attention`, the function of q, k, v that it is built around.
     causal, bidirectional: which forms the mechanism has.
     decode: it continues token by token from the `cache` collection, equal to the parallel form.
+    length_dependent: the pattern is laid out over the whole row (say, in n parts), so that a document sees other parts of
+        itself in a longer row, padded or packed, than alone.
+    by_fft: it convolves by FFT, whose rounding reaches every position: causal but for that.
+    refuses_documents: why packed documents (segment_ids) are an error; "" where they are kept apart.
     recall: how far above chance two layers get on associative recall in the contract test's short training,
         or the reason why the mechanism cannot.
     """
@@ -40,13 +61,42 @@ class Entry:
     causal: bool = True
     bidirectional: bool = True
     decode: bool = True
+    length_dependent: bool = False
+    by_fft: bool = False
+    refuses_documents: str = ""
     recall: float | str = "not measured"
     function: Callable | None = None
 
 
+_BIDIRECTIONAL = "bidirectional only, and the test's task is autoregressive"
+_TIME_INVARIANT = "time-invariant: what it stores does not depend on the content"
+
 MIXERS: Mapping[str, Entry] = {
     "softmax": Entry(Attention, cost="L^2", recall=0.3),
-    "s5": Entry(S5, cost="L", recall="time-invariant: what it stores does not depend on the content"),
+    "local": Entry(Local, cost="L window", recall=0.3),
+    "block_local": Entry(BlockLocal, cost="L block_size", recall=0.3),
+    "image_local_1d": Entry(ImageLocal1D, cost="L (query_block + memory)", recall=0.3),
+    "image_local_2d": Entry(ImageLocal2D, cost="L (query rectangle + memory)", recall=0.3),
+    "blockbert": Entry(
+        BlockBERT, cost="L^2 / num_blocks", causal=False, decode=False, length_dependent=True, recall=_BIDIRECTIONAL
+    ),
+    "sparse_transformer": Entry(SparseTransformer, cost="L (stride + L / stride)", recall=0.2),
+    "longformer": Entry(Longformer, cost="L (window + global_tokens)", recall=0.2),
+    "bigbird": Entry(BigBird, cost="L block_size", causal=False, decode=False, length_dependent=True, recall=_BIDIRECTIONAL),
+    "etc": Entry(GlobalLocal, cost="L (radius + global_tokens)", causal=False, decode=False, recall=_BIDIRECTIONAL),
+    "gaussian": Entry(HardCodedGaussian, cost="L", recall="weights are fixed: what is read does not depend on the content"),
+    "synthesizer": Entry(Synthesizer, cost="L^2", recall="a token is not compared with those it reads from"),
+    "s5": Entry(S5, cost="L", recall=_TIME_INVARIANT),
+    "s4": Entry(S4, cost="L log L", by_fft=True, recall=_TIME_INVARIANT),
+    "s4d": Entry(S4D, cost="L log L", by_fft=True, recall=_TIME_INVARIANT),
+    "dss": Entry(DSS, cost="L log L", by_fft=True, recall=_TIME_INVARIANT),
+    "lru": Entry(LRU, cost="L", recall=_TIME_INVARIANT),
+    "s4nd": Entry(
+        S4ND, cost="L log L", causal=False, decode=False, by_fft=True, refuses_documents=REFUSES_DOCUMENTS, recall=_BIDIRECTIONAL
+    ),
+    "mamba": Entry(Mamba, cost="L", recall=0.3),
+    "mamba2": Entry(Mamba2, cost="L", recall=0.3),
+    "linear_attention": Entry(LinearAttention, cost="L", recall="one sum keeps every key: near chance after so short a training"),
     "identity": Entry(Identity, cost="L", recall="mixes nothing: every position sees itself alone"),
 }
 

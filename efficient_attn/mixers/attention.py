@@ -1,5 +1,6 @@
 """Multi-head attention around any function of queries, keys and values."""
 
+import functools
 from collections.abc import Callable, Mapping
 
 import flax.linen as nn
@@ -9,9 +10,10 @@ from flax.core import FrozenDict
 from flax.typing import Dtype
 from jaxtyping import Array, Float, Int
 
-from efficient_attn.arguments import check_arguments, lookup
+from efficient_attn import positions
+from efficient_attn.arguments import ConfigError
 from efficient_attn.mixers.context import Context
-from efficient_attn.positions import ROTATIONS
+from efficient_attn.positions import Places, Sizes
 from kernels.attention import Dropout, attend, masks
 from kernels.matmul import dot_general
 
@@ -31,6 +33,8 @@ class Attention(nn.Module):
     head_dim: D; None means E / H.
     causal: position i attends only positions <= i.
     rotation: what is done to queries and keys, by name from `positions.ROTATIONS`.
+    bias: what is done to scores, by name from `positions.BIASES`; besides the model's own (`ctx.bias`), if there is one.
+    scale: what scores are multiplied by; None means 1 / sqrt(D). T5 uses 1.
     dropout: rate on attention weights while training.
     use_bias: biases on the four projections.
     implementation: of `kernels.attention.attend`; None means the fastest for the platform.
@@ -42,11 +46,16 @@ class Attention(nn.Module):
     head_dim: int | None = None
     causal: bool = False
     rotation: Mapping = FrozenDict(name="none")
+    bias: Mapping = FrozenDict(name="none")
+    scale: float | None = None
     dropout: float = 0.0
     use_bias: bool = True
     implementation: str | None = None
     function: AttentionFunction = softmax
     dtype: Dtype = jnp.float32
+
+    shift_invariant = True
+    """Whether the pattern depends on distances alone, so that it is the same wherever a packed document starts."""
 
     @nn.compact
     def __call__(self, x: Float[Array, "B L E"], ctx: Context) -> Float[Array, "B L E"]:
@@ -54,14 +63,17 @@ class Attention(nn.Module):
         q = self._dense((heads, head_dim), "query")(x)
         k = self._dense((kv_heads, head_dim), "key")(x)
         v = self._dense((kv_heads, head_dim), "value")(x)
-        positions = ctx.positions_or_default(*x.shape[:2])
-        dropout = Dropout(self.dropout, self.make_rng("dropout")) if ctx.train and self.dropout else None
-        options = dict(mask=self.mask(x.shape[1]), implementation=self.implementation)
+        methods = self._position_methods(x.shape[-1], ctx)
         if ctx.decode:
-            out = self._decode(q, k, v)
+            out = self._decode(methods, q, k, v)
         else:
-            q, k = self._rotate(q, positions), self._rotate(k, positions)
-            out = self.function(q, k, v, segment_ids=ctx.groups(), dropout=dropout, **options)
+            places = Places.of_tokens(x.shape[1], ctx.positions, ctx.groups(), causal=self.causal)
+            options = dict(mask=self.mask(x.shape[1]), segment_ids=ctx.groups())
+            if ctx.train and self.dropout:
+                options["dropout"] = Dropout(self.dropout, self.make_rng("dropout"))
+            if not self.shift_invariant and ctx.segment_ids is not None:
+                options |= dict.fromkeys(("q_positions", "kv_positions"), ctx.document_positions())
+            out = self._attend(methods, places, q, k, v, **options)
         return self._dense(x.shape[-1], "out", axis=(-2, -1))(out)
 
     def pattern(self, length: int) -> masks.Mask:
@@ -89,17 +101,42 @@ class Attention(nn.Module):
             features, axis=axis, use_bias=self.use_bias, dtype=self.dtype, kernel_init=init, dot_general=dot_general, name=name
         )
 
-    def _rotate(self, x: Float[Array, "B L H D"], positions: Int[Array, "B L"]) -> Float[Array, "B L H D"]:
-        arguments = dict(self.rotation)
-        constructor = lookup(ROTATIONS, arguments.pop("name", None), "model.mixer.rotation.name")
-        check_arguments(constructor, arguments, "model.mixer.rotation")
-        return constructor(**arguments)(x, positions)
+    def _position_methods(self, width: int, ctx: Context) -> list:
+        """The rotation, and what learned position methods there are: the model's and the mixer's own."""
+        sizes = self.position_sizes(width)
+        rotation = positions.build(positions.ROTATIONS, self.rotation, "model.mixer.rotation")
+        own = positions.build(positions.BIASES, self.bias, "model.mixer.bias", name="position_bias")(sizes)
+        return [rotation, *(method for method in (ctx.bias, own) if method is not None)]
 
-    def _decode(self, q, k, v):
+    def position_sizes(self, width: int) -> Sizes:
+        """What a position bias of this mixer is built for."""
+        heads, _, head_dim = self._sizes(width)
+        return Sizes(heads, head_dim, width, self.causal)
+
+    def _attend(self, methods: list, places: Places, q, k, v, **options) -> Float[Array, "B L H Dv"]:
+        """The mechanism's function inside its position methods, the first of them outermost."""
+        function = functools.partial(self.function, implementation=self.implementation)
+        if self.scale is not None:
+            options["scale"] = self.scale
+        for method in reversed(methods):
+            function = functools.partial(method.attend, function, places)
+        return function(q, k, v, **options)
+
+    def _rotate(self, x: Float[Array, "B L H D"], at: Int[Array, "B L"]) -> Float[Array, "B L H D"]:
+        """x turned to its positions, for mechanisms that call attention themselves; what is more than that is an error."""
+        rotation = positions.build(positions.ROTATIONS, self.rotation, "model.mixer.rotation")
+        if not rotation.is_plain:
+            raise ConfigError(f"model.mixer.rotation (name={self.rotation['name']!r}) does not go with this mechanism")
+        if self.bias["name"] != "none":
+            raise ConfigError(f"model.mixer.bias (name={self.bias['name']!r}) does not go with this mechanism")
+        return rotation.rotate(x, at, at[:, -1:] + 1)
+
+    def _decode(self, methods: list, q, k, v):
         """Append a chunk of keys and values to the cache and attend all of it.
 
-        Rows may stand at different positions. Slots not yet written lie after every query, so causality hides them.
-        Initialise with a full-length input: its length is the size of the cache.
+        Rows may stand at different positions. Slots not yet written lie after every query, so causality hides them. Keys are
+        cached unrotated, because some rotations go by the length so far. Initialise with a full-length input: its length is
+        the size of the cache.
         """
         if not self.causal:
             raise ValueError("only causal attention decodes token by token; set causal=True")
@@ -107,14 +144,13 @@ class Attention(nn.Module):
         keys = self.variable("cache", "cached_key", jnp.zeros, k.shape, k.dtype)
         values = self.variable("cache", "cached_value", jnp.zeros, v.shape, v.dtype)
         index = self.variable("cache", "cache_index", jnp.zeros, (k.shape[0],), jnp.int32)
-        options = dict(mask=self.mask(keys.value.shape[1]), implementation=self.implementation)
+        slots, mask = keys.value.shape[1], self.mask(keys.value.shape[1])
         if not is_filled:
-            return self.function(q, k, v, **options)
-        positions = index.value[:, None] + jnp.arange(q.shape[1], dtype=jnp.int32)[None, :]
+            return self._attend(methods, Places.in_order(slots, slots, causal=True), q, k, v, mask=mask)
+        at = index.value[:, None] + jnp.arange(q.shape[1], dtype=jnp.int32)[None, :]
         write = jax.vmap(lambda cache, new, start: jax.lax.dynamic_update_slice(cache, new, (start, 0, 0)))
-        keys.value = write(keys.value, self._rotate(k, positions), index.value)
-        values.value = write(values.value, v, index.value)
+        keys.value, values.value = write(keys.value, k, index.value), write(values.value, v, index.value)
         index.value = index.value + q.shape[1]
-        slots = jnp.broadcast_to(jnp.arange(keys.value.shape[1], dtype=jnp.int32), keys.value.shape[:2])
-        q = self._rotate(q, positions)
-        return self.function(q, keys.value, values.value, q_positions=positions, kv_positions=slots, **options)
+        places = Places.of_cache(at, slots)
+        options = dict(mask=mask, q_positions=places.q, kv_positions=jnp.broadcast_to(places.kv, (len(at), slots)))
+        return self._attend(methods, places, q, keys.value, values.value, **options)

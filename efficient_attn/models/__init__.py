@@ -7,10 +7,12 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from efficient_attn.arguments import ConfigError, check_arguments, lookup
-from efficient_attn.models.blocks import FEED_FORWARDS, NORMS, POOLINGS, REMAT_POLICIES
+from efficient_attn.models import moe
+from efficient_attn.models.blocks import NORMS, POOLINGS, REMAT_POLICIES
 from efficient_attn.models.decoder import LanguageModel
 from efficient_attn.models.encoder import Classifier, Matcher
-from efficient_attn.models.trunk import mixers_by_depth
+from efficient_attn.models.feed_forward import FEED_FORWARDS
+from efficient_attn.models.trunk import by_depth, mixers_by_depth
 from efficient_attn.tasks.base import Task
 
 HEADS: Mapping[str, type[nn.Module]] = {"classify": Classifier, "match": Matcher, "lm": LanguageModel}
@@ -33,6 +35,13 @@ def build(model: Mapping[str, Any], task: Task) -> nn.Module:
         raise ConfigError("a language model needs causal mixers: set causal=True in model.mixer")
     if arguments.get("pooling") == "cls" and any(m.get("causal") for m in mixers):
         raise ConfigError("model.pooling='cls' reads the first position, which causal mixers tell nothing; use 'mean' or 'last'")
+    draws = arguments.get("position_sampling", {}).get("name", "none") != "none"
+    if arguments.get("pooling") == "cls" and (draws or arguments.get("positions", {}).get("per_layer")):
+        raise ConfigError("model.pooling='cls' goes with no position_sampling and no positions per layer; use 'mean'")
+    if "experts" in arguments:
+        routings = [moe.routing(experts) for experts in by_depth(arguments["experts"], arguments["depth"], "model.experts")]
+        if any(routings) and not arguments.get("feed_forward_width"):
+            raise ConfigError("model.experts makes mixtures of feed-forward networks: set model.feed_forward_width")
     for field, table in (("norm", NORMS), ("feed_forward", FEED_FORWARDS), ("remat", REMAT_POLICIES), ("pooling", POOLINGS)):
         if field in arguments:
             lookup(table, arguments[field], f"model.{field}")

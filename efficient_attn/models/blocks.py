@@ -11,7 +11,8 @@ from jaxtyping import Array, Bool, Float
 from efficient_attn import mixers
 from efficient_attn.arguments import lookup
 from efficient_attn.mixers.context import Context
-from kernels.matmul import dot_general
+from efficient_attn.models import moe
+from efficient_attn.models.feed_forward import FeedForward
 
 Norm = Callable[[Float[Array, "B L E"], Context], Float[Array, "B L E"]]
 
@@ -47,58 +48,11 @@ NORMS: Mapping[str, Callable[[str, float, Dtype], Norm]] = {"layer": layer_norm,
 """Norms by the name `config.model.norm` uses; all keep their statistics in float32."""
 
 
-def _glu(activation: Callable) -> Callable:
-    """A gated linear unit (Shazeer 2020): `activation` of one projection times another."""
-
-    def hidden(x, width, dense):
-        return activation(dense(width, "gate")(x)) * dense(width, "up")(x)
-
-    return hidden
-
-
-def _plain(activation: Callable) -> Callable:
-    def hidden(x, width, dense):
-        return activation(dense(width, "up")(x))
-
-    return hidden
-
-
-FEED_FORWARDS: Mapping[str, Callable] = {
-    "gelu": _plain(nn.gelu),
-    "relu": _plain(nn.relu),
-    "silu": _plain(nn.silu),
-    "glu": _glu(nn.sigmoid),
-    "geglu": _glu(nn.gelu),
-    "swiglu": _glu(nn.silu),
-    "reglu": _glu(nn.relu),
-}
-"""The hidden layer of a feed-forward network, by the name `config.model.feed_forward` uses."""
-
-
-class FeedForward(nn.Module):
-    """Two linear layers with one of `FEED_FORWARDS` between them."""
-
-    width: int
-    kind: str = "gelu"
-    dropout: float = 0.0
-    dtype: Dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "B L E"], ctx: Context) -> Float[Array, "B L E"]:
-        init = nn.initializers.xavier_uniform()
-
-        def dense(width, name):
-            return nn.Dense(width, dtype=self.dtype, kernel_init=init, dot_general=dot_general, name=name)
-
-        hidden = lookup(FEED_FORWARDS, self.kind, "model.feed_forward")(x, self.width, dense)
-        hidden = nn.Dropout(self.dropout)(hidden, deterministic=not ctx.train)
-        return dense(x.shape[-1], "down")(hidden)
-
-
 class Block(nn.Module):
     """x + mixer(norm(x)), then x + ff(norm(x)); with `prenorm=False`, norm(x + mixer(x)) and norm(x + ff(x)).
 
-    Without a feed-forward network (`feed_forward_width=0`) the block is the mixer alone, as S4 and S5 stack them.
+    Without a feed-forward network (`feed_forward_width=0`) the block is the mixer alone, as S4 and S5 stack them. `experts`
+    makes a mixture of the network: one of `moe.ROUTINGS`.
     """
 
     mixer: Mapping
@@ -107,6 +61,8 @@ class Block(nn.Module):
     norm_momentum: float
     feed_forward: str
     feed_forward_width: int
+    use_bias: bool
+    experts: Mapping
     dropout: float
     dtype: Dtype = jnp.float32
 
@@ -115,9 +71,20 @@ class Block(nn.Module):
         mixer = mixers.build(self.mixer, name="mixer", dtype=self.dtype)
         x = self._residual("norm_mixer", mixer, x, ctx)
         if self.feed_forward_width:
-            ff = FeedForward(self.feed_forward_width, self.feed_forward, self.dropout, self.dtype, name="mlp")
-            x = self._residual("norm_mlp", ff, x, ctx)
+            x = self._residual("norm_mlp", self._feed_forward(), x, ctx)
         return x
+
+    def _feed_forward(self) -> nn.Module:
+        network = dict(
+            width=self.feed_forward_width,
+            kind=self.feed_forward,
+            dropout=self.dropout,
+            use_bias=self.use_bias,
+            dtype=self.dtype,
+            name="mlp",
+        )
+        routing = moe.routing(self.experts)
+        return FeedForward(**network) if routing is None else moe.MixtureOfExperts(routing, **network)
 
     def _residual(self, norm_name: str, layer: Callable, x, ctx: Context):
         norm = lookup(NORMS, self.norm, "model.norm")(norm_name, self.norm_momentum, self.dtype)

@@ -24,10 +24,12 @@ class LanguageModel(Trunk):
         if ctx.decode and ctx.positions is None:
             ctx = ctx.replace(positions=self._advance(inputs))
         embed = self.input_layer()
-        hidden = self.blocks(self.add_positions(embed(inputs), ctx), ctx)
+        x = embed(inputs)
+        ctx = self.sample_positions(x, ctx)
+        hidden = self.blocks(self.add_positions(x, ctx), ctx)
         if self.tied:
             return embed.attend(hidden).astype(jnp.float32)
-        return nn.Dense(self.num_outputs, dtype=jnp.float32, name="head")(hidden)
+        return nn.Dense(self.num_outputs, use_bias=self.use_bias, dtype=jnp.float32, name="head")(hidden)
 
     def _advance(self, inputs: Int[Array, "B L"]) -> Int[Array, "B L"]:
         """Positions of this chunk; the cache remembers where the next one starts."""

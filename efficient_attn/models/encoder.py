@@ -20,7 +20,9 @@ class Encoder(Trunk):
     pooling: str = "mean"
 
     def summarise(self, inputs: Num[Array, "B *S"], ctx: Context) -> Float[Array, "B E"]:
-        x = self.add_positions(self.input_layer()(inputs), ctx)
+        x = self.input_layer()(inputs)
+        ctx = self.sample_positions(x, ctx)
+        x = self.add_positions(x, ctx)
         mask = jnp.ones(x.shape[:2], bool) if ctx.mask is None else ctx.mask
         if self.pooling == "cls":
             if ctx.segment_ids is not None or ctx.positions is not None:
@@ -37,7 +39,7 @@ class Classifier(Encoder):
 
     @nn.compact
     def __call__(self, inputs: Num[Array, "B *S"], ctx: Context) -> Float[Array, "B C"]:
-        return nn.Dense(self.num_outputs, dtype=jnp.float32, name="head")(self.summarise(inputs, ctx))
+        return nn.Dense(self.num_outputs, use_bias=self.use_bias, dtype=jnp.float32, name="head")(self.summarise(inputs, ctx))
 
 
 class Matcher(Encoder):
@@ -53,5 +55,5 @@ class Matcher(Encoder):
         summaries = self.summarise(inputs.reshape(2 * batch, *inputs.shape[2:]), towers)
         first, second = jnp.unstack(summaries.reshape(batch, 2, -1), axis=1)
         features = jnp.concatenate([first, second, first * second, first - second], axis=-1)
-        hidden = nn.relu(nn.Dense(self.width, dtype=jnp.float32, name="match")(features))
-        return nn.Dense(self.num_outputs, dtype=jnp.float32, name="head")(hidden)
+        hidden = nn.relu(nn.Dense(self.width, use_bias=self.use_bias, dtype=jnp.float32, name="match")(features))
+        return nn.Dense(self.num_outputs, use_bias=self.use_bias, dtype=jnp.float32, name="head")(hidden)

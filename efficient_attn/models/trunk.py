@@ -1,6 +1,7 @@
 """What all models share: inputs to vectors, then a stack of blocks."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -8,10 +9,10 @@ from flax.core import FrozenDict
 from flax.typing import Dtype
 from jaxtyping import Array, Float
 
-from efficient_attn.arguments import ConfigError, check_arguments, lookup
+from efficient_attn import mixers, positions
+from efficient_attn.arguments import ConfigError, lookup
 from efficient_attn.mixers.context import Context
 from efficient_attn.models.blocks import NORMS, REMAT_POLICIES, Block
-from efficient_attn.positions import EMBEDDINGS
 
 
 class Trunk(nn.Module):
@@ -21,9 +22,13 @@ class Trunk(nn.Module):
     depth, width: blocks, and channels E.
     norm, prenorm, norm_momentum: one of `NORMS`, before or after each layer; momentum of batch-norm averages.
     feed_forward, feed_forward_width: one of `FEED_FORWARDS` and its hidden size; width 0 leaves it out.
+    experts: one dict of `moe.ROUTINGS`, or several that are cycled over depth: which layers have a mixture of such networks.
+    use_bias: biases in feed-forward networks and in the output layer.
     final_norm: one more norm after the last block.
     embed_stddev: standard deviation of initial token vectors.
     positions: added to embeddings, by name from `positions.EMBEDDINGS`.
+    bias: a position bias that all attention layers share, by name from `positions.BIASES`; their own is `mixer.bias`.
+    position_sampling: which positions the whole model sees while training, by name from `positions.SAMPLINGS`.
     dropout, embed_dropout: rates after each layer and after the embedding.
     remat: one of `REMAT_POLICIES`.
     dtype: what activations are computed in; parameters and statistics stay float32.
@@ -42,7 +47,11 @@ class Trunk(nn.Module):
     norm_momentum: float = 0.9
     feed_forward: str = "gelu"
     feed_forward_width: int = 0
+    experts: Mapping | Sequence[Mapping] = FrozenDict(name="none")
+    use_bias: bool = True
     positions: Mapping = FrozenDict(name="none")
+    bias: Mapping = FrozenDict(name="none")
+    position_sampling: Mapping = FrozenDict(name="none")
     final_norm: bool = True
     embed_stddev: float = 0.02
     dropout: float = 0.0
@@ -57,9 +66,16 @@ class Trunk(nn.Module):
         init = nn.initializers.normal(self.embed_stddev)
         return nn.Embed(self.vocab_size, self.width, embedding_init=init, dtype=self.dtype, name="embed")
 
+    def sample_positions(self, x: Float[Array, "B L E"], ctx: Context) -> Context:
+        """The context with the positions that a model in training is to see; otherwise as it is."""
+        if not ctx.train or self.position_sampling["name"] == "none":
+            return ctx
+        return ctx.replace(positions=self._sampling()(self.make_rng("dropout"), ctx.positions_or_default(*x.shape[:2])))
+
     def add_positions(self, x: Float[Array, "B L E"], ctx: Context) -> Float[Array, "B L E"]:
-        positions = ctx.positions_or_default(*x.shape[:2])
-        x = x + self._position_embedding()(positions, self.length, self.width).astype(self.dtype)
+        embedding = self._position_embedding("positions")
+        if not embedding.per_layer:
+            x = self._with_positions(embedding, x, ctx)
         return nn.Dropout(self.embed_dropout)(x, deterministic=not ctx.train)
 
     def blocks(self, x: Float[Array, "B L E"], ctx: Context) -> Float[Array, "B L E"]:
@@ -67,27 +83,52 @@ class Trunk(nn.Module):
         policy = lookup(REMAT_POLICIES, self.remat, "model.remat")
         block = Block if policy is None else nn.remat(Block, policy=policy)
         shared = {field: getattr(self, field) for field in _BLOCK_FIELDS}
-        for i, mixer in enumerate(mixers_by_depth(self.mixer, self.depth)):
-            x = block(mixer=mixer, name=f"layer_{i}", **shared)(x, ctx)
+        ctx = ctx.replace(bias=self._shared_bias())
+        layers = zip(mixers_by_depth(self.mixer, self.depth), by_depth(self.experts, self.depth, "model.experts"))
+        for i, (mixer, experts) in enumerate(layers):
+            embedding = self._position_embedding(f"positions_{i}")
+            if embedding.per_layer:
+                x = self._with_positions(embedding, x, ctx)
+            x = block(mixer=mixer, experts=experts, name=f"layer_{i}", **shared)(x, ctx)
         if self.final_norm:
             x = lookup(NORMS, self.norm, "model.norm")("norm", self.norm_momentum, self.dtype)(x, ctx)
         return x
 
-    def _position_embedding(self) -> nn.Module:
-        arguments = dict(self.positions)
-        constructor = lookup(EMBEDDINGS, arguments.pop("name", None), "model.positions.name")
-        check_arguments(constructor, arguments, f"model.positions (name={self.positions['name']!r})")
-        return constructor(**arguments, name="positions")
+    def _with_positions(self, embedding: nn.Module, x: Float[Array, "B L E"], ctx: Context) -> Float[Array, "B L E"]:
+        at = ctx.positions_or_default(*x.shape[:2])
+        return x + embedding(at, self._sampling().reach(self.length), self.width).astype(self.dtype)
+
+    def _position_embedding(self, name: str) -> nn.Module:
+        return positions.build(positions.EMBEDDINGS, self.positions, "model.positions", name=name)
+
+    def _sampling(self):
+        return positions.build(positions.SAMPLINGS, self.position_sampling, "model.position_sampling")
+
+    def _shared_bias(self) -> Any:
+        """The position method that all layers share, built for the one size of their heads."""
+        bias = positions.build(positions.BIASES, self.bias, "model.bias", name="position_bias")
+        if self.bias["name"] == "none":
+            return None
+        attention = [mixers.build(mixer, parent=None) for mixer in mixers_by_depth(self.mixer, self.depth)]
+        sizes = {mixer.position_sizes(self.width) for mixer in attention if isinstance(mixer, mixers.Attention)}
+        if len(sizes) != 1:
+            raise ConfigError(f"model.bias is shared by attention layers of one size; here these have {sorted(map(str, sizes))}")
+        return bias(*sizes)
 
 
 _BLOCK_FIELDS = (
-    "norm", "prenorm", "norm_momentum", "feed_forward", "feed_forward_width", "dropout", "dtype",
+    "norm", "prenorm", "norm_momentum", "feed_forward", "feed_forward_width", "use_bias", "dropout", "dtype",
 )  # fmt: skip
 
 
 def mixers_by_depth(mixer: Mapping | Sequence[Mapping], depth: int) -> list[Mapping]:
     """One mixer dict for each layer: the given ones, cycled."""
-    cycle = [mixer] if isinstance(mixer, Mapping) else list(mixer)
-    if not cycle or not all(isinstance(m, Mapping) for m in cycle):
-        raise ConfigError(f"model.mixer must be a dict(name=...) or a tuple of such dicts, got {mixer!r}")
+    return by_depth(mixer, depth, "model.mixer")
+
+
+def by_depth(dicts: Mapping | Sequence[Mapping], depth: int, field: str) -> list[Mapping]:
+    """One dict for each layer: the given ones, cycled. `field` is what errors call them."""
+    cycle = [dicts] if isinstance(dicts, Mapping) else list(dicts)
+    if not cycle or not all(isinstance(d, Mapping) for d in cycle):
+        raise ConfigError(f"{field} must be a dict(name=...) or a tuple of such dicts, got {dicts!r}")
     return [cycle[i % len(cycle)] for i in range(depth)]

@@ -1,0 +1,111 @@
+"""Linear attention: a kernel in place of the softmax, so that a state of fixed size takes the place of all keys and values."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.typing import Dtype
+from jaxtyping import Array, Bool, Float
+
+from efficient_attn.mixers.context import Context
+from efficient_attn.mixers.ssm.inputs import segment_starts
+from kernels.matmul import dot_general
+from kernels.scan import ssd
+
+
+def features(x: Float[Array, "B L H D"]) -> Float[Array, "B L H D"]:
+    """phi(x) = elu(x) + 1, which is positive (eq. 7), in float32 at least."""
+    return jax.nn.elu(x.astype(jnp.promote_types(x.dtype, jnp.float32))) + 1
+
+
+def linear_attention(
+    q: Float[Array, "B L H D"],
+    k: Float[Array, "B L H D"],
+    v: Float[Array, "B L H P"],
+    *,
+    causal: bool,
+    mask: Bool[Array, "B L"] | None = None,
+    reset: Bool[Array, "B L"] | None = None,
+    h0: Float[Array, "B H P1 D"] | None = None,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B L H P"], Float[Array, "B H P1 D"] | None]:
+    """out_i = sum_j (phi(q_i) . phi(k_j)) v_j / sum_j phi(q_i) . phi(k_j) (Katharopoulos et al. 2020, eqs. 5 and 9).
+
+    causal: j <= i; the sums are then states of `kernels.scan.ssd` without decay (eqs. 10 and 11), with v's denominator as one
+        more of its columns: P1 = P + 1. Otherwise over all j, of the same document.
+    mask: False at keys that nothing reads. A query that reads no key gives 0.
+    reset: True where a document starts.
+    h0: the sums before the first key (causal only).
+    implementation: of `kernels.scan.ssd`. None where nothing is causal and no document starts needs no scan: two products.
+
+    Returns the output, in v's type, and the sums after the last key (None where not causal).
+    """
+    phi_q, phi_k = features(q), features(k)
+    phi_k = phi_k if mask is None else jnp.where(mask[..., None, None], phi_k, 0)
+    values = jnp.concatenate([v.astype(phi_k.dtype), jnp.ones_like(phi_k[..., :1])], axis=-1)
+
+    def run(**options):
+        steps = jnp.ones(values.shape[:3], values.dtype)
+        return ssd(values, steps, None, phi_k, phi_q, softplus=False, reset=reset, implementation=implementation, **options)
+
+    last = None
+    if causal:
+        sums, last = run(h0=h0)
+    elif reset is None and implementation is None:
+        sums = jnp.einsum("blhd,bhpd->blhp", phi_q, jnp.einsum("bshp,bshd->bhpd", values, phi_k))
+    else:
+        itself = jnp.sum(phi_q * phi_k, axis=-1, keepdims=True) * values
+        sums = run()[0] + run(reverse=True)[0] - itself
+    numerator, denominator = sums[..., :-1], sums[..., -1:]
+    return (numerator / jnp.where(denominator > 0, denominator, 1)).astype(v.dtype), last
+
+
+class LinearAttention(nn.Module):
+    """Multi-head attention with the kernel phi(q) . phi(k), phi = elu + 1 (Katharopoulos et al. 2020, arXiv 2006.16236).
+
+    num_heads: H.
+    head_dim: D; None means E / H.
+    causal: position i attends only positions <= i.
+    use_bias: biases on the four projections.
+    implementation: of `kernels.scan.ssd`; None means the fastest for the platform.
+
+    Queries and keys are not scaled. A causal layer decodes from a cache of [B, H, D + 1, D] float32 whatever the length.
+    """
+
+    num_heads: int = 4
+    head_dim: int | None = None
+    causal: bool = False
+    use_bias: bool = True
+    implementation: str | None = None
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B L E"], ctx: Context) -> Float[Array, "B L E"]:
+        width = x.shape[-1]
+        if self.head_dim is None and width % self.num_heads:
+            raise ValueError(f"width {width} is not divisible by num_heads={self.num_heads}; set head_dim")
+        sizes = (self.num_heads, self.head_dim or width // self.num_heads)
+        q, k, v = (self._dense(sizes, name)(x) for name in ("query", "key", "value"))
+        if ctx.decode:
+            out = self._decode(q, k, v)
+        else:
+            options = dict(mask=ctx.mask, reset=segment_starts(ctx.segment_ids), implementation=self.implementation)
+            out, _ = linear_attention(q, k, v, causal=self.causal, **options)
+        return self._dense(width, "out", axis=(-2, -1))(out)
+
+    def _decode(self, q, k, v):
+        """Continue from the cached sums by one chunk."""
+        if not self.causal:
+            raise ValueError("only causal linear attention decodes token by token; set causal=True")
+        is_filled = self.has_variable("cache", "state")
+        shape = (v.shape[0], v.shape[2], v.shape[3] + 1, k.shape[3])
+        state = self.variable("cache", "state", jnp.zeros, shape, jnp.float32)
+        out, last = linear_attention(q, k, v, causal=True, h0=state.value, implementation=self.implementation)
+        if is_filled:
+            state.value = last
+        return out
+
+    def _dense(self, features, name: str, axis=-1) -> nn.DenseGeneral:
+        init = nn.initializers.xavier_uniform()
+        return nn.DenseGeneral(
+            features, axis=axis, use_bias=self.use_bias, dtype=self.dtype, kernel_init=init, dot_general=dot_general, name=name
+        )

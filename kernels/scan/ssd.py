@@ -1,0 +1,140 @@
+"""`ssd`: the one entry to every implementation of Mamba-2's state-space layer (Dao & Gu 2024, arXiv 2405.21060)."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from kernels.dispatch import Choice, Implementation, choose
+from kernels.scan import ssd_forms
+from kernels.scan.selective_reference import keeps
+
+
+@dataclasses.dataclass(frozen=True)
+class SSDSpec:
+    """The static facts of one call, which decide what can run it: H heads of size P in `groups`, each with a state [P, N]."""
+
+    batch: int
+    length: int
+    heads: int
+    head_dim: int
+    state: int
+    groups: int
+    dtype: str
+    platform: str
+
+
+def _anything(spec: SSDSpec) -> None:
+    return None
+
+
+IMPLEMENTATIONS = {
+    "reference": Implementation(jax.jit(ssd_forms.recurrence), _anything, "lax.scan, one step after another: the specification"),
+    "chunked": Implementation(jax.jit(ssd_forms.dual), _anything, "products of matrices inside chunks of 64 steps"),
+}
+PREFERENCE = ("chunked", "reference")  # everywhere; measured on CPU only
+
+
+def ssd(
+    x: Float[Array, "B L H P"],
+    dt: Float[Array, "B L H"],
+    A: Float[Array, "H"] | None,
+    B: Float[Array, "B L G N"],
+    C: Float[Array, "B L G N"],
+    D: Float[Array, "H"] | None = None,
+    dt_bias: Float[Array, "H"] | None = None,
+    *,
+    softplus: bool = True,
+    dt_limit: tuple[float, float] = (0.0, math.inf),
+    h0: Float[Array, "B H P N"] | None = None,
+    reset: Bool[Array, "B L"] | None = None,
+    reverse: bool = False,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B L H P"], Float[Array, "B H P N"]]:
+    """State-space duality (Dao & Gu 2024, listing 1), for each head:
+
+        dt_t = clip(softplus(dt_t + dt_bias), *dt_limit)
+        h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T          a state [P, N] with one decay
+        y_t = h_t C_t + D x_t
+
+    Args:
+      x: the input, H heads of size P.
+      dt: step sizes before the bias, softplus and limits.
+      A: one decay rate for each head, not positive; None is 0, the state of linear attention.
+      B, C: head h reads group h // (H / G).
+      D: the skip connection; None is none.
+      dt_bias: added to dt; None is 0.
+      softplus: without it, dt + dt_bias must not be negative.
+      h0, reset, reverse: as in `selective_scan`.
+      implementation: a name in `IMPLEMENTATIONS`, or None for the fastest; see `explain_ssd`.
+
+    Returns:
+      `y` [B, L, H, P] in x's type, and `h_last` [B, H, P, N]. The state is float32 whatever the inputs are (float64 where an
+      input is), and is returned so.
+
+    Raises:
+      ValueError: shapes do not fit together, L is 0, or the named implementation cannot run this call.
+    """
+    choice = explain_ssd(x, dt, A, B, C, D, dt_bias, h0=h0, implementation=implementation)
+    dtype = _state_dtype(x, dt, A, B, C, D, dt_bias, h0)
+    batch, _, heads, head_dim = x.shape
+    groups, states = B.shape[2:]
+    h0 = jnp.zeros((batch, heads, head_dim, states), dtype) if h0 is None else h0
+    full, dt, A, B, C, D, dt_bias, h0 = (v if v is None else v.astype(dtype) for v in (x, dt, A, B, C, D, dt_bias, h0))
+    dt = dt if dt_bias is None else dt + dt_bias[None, None, :]
+    dt = jnp.clip(jax.nn.softplus(dt) if softplus else dt, *dt_limit)
+    log_decay = None if A is None else dt * A[None, None, :]
+    if reset is not None:
+        keep = keeps(reset, reverse, dtype)[..., None] > 0
+        log_decay = jnp.where(keep, jnp.zeros_like(dt) if log_decay is None else log_decay, ssd_forms.NOTHING)
+
+    def grouped(v):
+        return None if v is None else v.reshape(*v.shape[:2], groups, heads // groups, *v.shape[3:])
+
+    def in_time(v):
+        return jnp.flip(v, axis=1) if reverse else v
+
+    ready = (grouped(full * dt[..., None]), grouped(log_decay), B, C)
+    h0 = h0.reshape(batch, groups, heads // groups, head_dim, states)
+    y, last = IMPLEMENTATIONS[choice.name].run(*jax.tree.map(in_time, ready), h0)
+    y = in_time(y).reshape(x.shape)
+    y = y if D is None else y + D[None, None, :, None] * full
+    return y.astype(x.dtype), last.reshape(batch, heads, head_dim, states)
+
+
+def explain_ssd(x, dt, A, B, C, D=None, dt_bias=None, *, h0=None, implementation=None) -> Choice:
+    """Which implementation `ssd` would run for these arguments (arrays or `jax.ShapeDtypeStruct`s), and why."""
+    _check(x, dt, A, B, C, D, dt_bias, h0)
+    batch, length, heads, head_dim = x.shape
+    spec = SSDSpec(
+        batch=batch,
+        length=length,
+        heads=heads,
+        head_dim=head_dim,
+        state=B.shape[3],
+        groups=B.shape[2],
+        dtype=str(_state_dtype(x, dt, A, B, C, D, dt_bias, h0)),
+        platform=jax.default_backend(),
+    )
+    return choose("ssd", IMPLEMENTATIONS, PREFERENCE, spec, implementation)
+
+
+def _check(x, dt, A, B, C, D, dt_bias, h0) -> None:
+    batch, length, heads, head_dim = x.shape
+    if length == 0:
+        raise ValueError(f"ssd: x {x.shape} has length 0; at least one step is needed")
+    if B.ndim != 4 or B.shape[:2] != (batch, length) or heads % B.shape[2]:
+        wanted = f"({batch}, {length}, G, N) with G a divisor of {heads}"
+        raise ValueError(f"ssd: B has shape {B.shape}; for x {x.shape} it must be {wanted}")
+    per_head = {"A": A, "D": D, "dt_bias": dt_bias}
+    expected = {name: (v, (heads,)) for name, v in per_head.items()} | {"dt": (dt, (batch, length, heads)), "C": (C, B.shape)}
+    expected["h0"] = (h0, (batch, heads, head_dim, B.shape[3]))
+    for name, (v, shape) in expected.items():
+        if v is not None and v.shape != shape:
+            raise ValueError(f"ssd: {name} has shape {v.shape}; for x {x.shape} and B {B.shape} it must be {shape}")
+
+
+def _state_dtype(*arrays) -> jnp.dtype:
+    return jnp.result_type(jnp.float32, *(v.dtype for v in arrays if v is not None))
