@@ -14,7 +14,7 @@ from efficient_attn.mixers import Attention
 from efficient_attn.plan import describe, make_plan
 
 ROOT = pathlib.Path(__file__).parents[1]
-FILES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem not in ("__init__", "recipes"))
+FILES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if not path.stem.startswith(("__", "recipes")))
 RECIPES = [(name, recipe) for name in FILES for recipe in importlib.import_module(f"configs.{name}").RECIPES]
 NEEDS_DATA_TO_COUNT = {"lm_text"}
 

@@ -8,7 +8,8 @@ import pytest
 from efficient_attn import models
 from efficient_attn.arguments import ConfigError
 from efficient_attn.mixers import Context
-from efficient_attn.models.blocks import FEED_FORWARDS, NORMS, POOLINGS
+from efficient_attn.models.blocks import NORMS, POOLINGS
+from efficient_attn.models.feed_forward import FEED_FORWARDS
 from efficient_attn.plan import example_batch
 from efficient_attn.tasks.image import Image
 from efficient_attn.tasks.listops import ListOps
