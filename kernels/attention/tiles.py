@@ -210,9 +210,9 @@ class TileSizes:
 
     q_tiles: tuple[int, ...] = (64, 128, 256, 512)
     kv_blocks: tuple[int, ...] = (32, 64, 128, 256, 512)
-    keys: int = 1024
+    keys: int = 512
     scores: int = 2**16
-    visit_overhead: int = 60_000
+    visit_overhead: int = 22_000
     key_overhead: int = 10
     gather_overhead: int = 15
     block_overhead: int = 1_000
