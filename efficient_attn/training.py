@@ -180,7 +180,11 @@ def evaluate(step_fn: Callable, variables: PyTree, source: Any, plan: Plan, mesh
 
 
 class Profiler:
-    """Traces `steps` steps, from the tenth after the start on (the first ones compile), or from the second of a short run."""
+    """Traces `steps` steps, from the tenth after the start on (the first ones compile), or from the second of a short run.
+
+    Python frames are not traced: the tracer follows every thread, those of the reader and of Orbax too, and was seen to crash
+    the process as it collected them (jaxlib 0.10.2); what XLA and the device do is all there.
+    """
 
     def __init__(self, folder: pathlib.Path, steps: int, start: int, total: int):
         self.folder, self.steps = folder, steps
@@ -194,7 +198,9 @@ class Profiler:
             if self.traced == self.steps:
                 self.close()
         elif self.steps and step == self.first:
-            jax.profiler.start_trace(str(self.folder))
+            options = jax.profiler.ProfileOptions()
+            options.python_tracer_level = 0
+            jax.profiler.start_trace(str(self.folder), profiler_options=options)
             self.traced = 0
 
     def close(self) -> None:
