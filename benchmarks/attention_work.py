@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import harness
-from kernels.attention import attend, chunked, masks
+from kernels.attention import attend, chunked, masks, residues
 from kernels.attention.call import Call
 from kernels.attention.masks import Band, BlockLocal, Causal, Fixed, Full, Global, Mask, Strided, Window
 
@@ -60,12 +60,21 @@ def pairs(mask: Mask, length: int) -> int:
 
 
 def visited_pairs(mask: Mask, x: jax.Array) -> tuple[int, str]:
-    """Pairs of a head in visited tiles, and the tile's size."""
-    call = Call(x, x, x, *[None] * 6, mask=mask, softcap=None, scale=1.0)
-    tiling = chunked.tiling_of(call)
-    keys = tiling.width * tiling.kv_block
-    tile = f"{tiling.q_tile} x {keys}" + f" gathered by {tiling.kv_block}" * tiling.gathered
-    return int(chunked.visits(call).sum()) // tiling.groups * tiling.q_tile * keys, tile
+    """Pairs of a head in visited tiles, and the tiles' sizes, over the parts that the call is taken in."""
+    calls = []
+
+    def in_order(part: Call):
+        calls.append(part)
+        return part.q, part.q[..., 0]
+
+    residues.attend(Call(x, x, x, *[None] * 6, mask=mask, softcap=None, scale=1.0), in_order)
+    pairs, sizes = 0, []
+    for call in calls:
+        tiling = chunked.tiling_of(call)
+        keys = tiling.width * tiling.kv_block
+        pairs += int(chunked.visits(call).sum()) * tiling.b_tile * tiling.h_tile // HEADS * tiling.q_tile * keys
+        sizes.append(f"{tiling.q_tile} x {keys}" + f" gathered by {tiling.kv_block}" * tiling.gathered)
+    return pairs, " and ".join(sizes)
 
 
 def measure(name: str, length: int, repeats: int) -> dict:

@@ -7,9 +7,11 @@ import pathlib
 from collections.abc import Sequence
 
 from absl import flags
+from matplotlib.figure import Figure
 
 from efficient_attn import cli, tasks, workdir
 from efficient_attn.arguments import lookup
+from efficient_attn.reporting import figures
 
 
 def draw(workdirs: Sequence[pathlib.Path], out: pathlib.Path) -> None:
@@ -17,8 +19,6 @@ def draw(workdirs: Sequence[pathlib.Path], out: pathlib.Path) -> None:
 
     Raises `WorkdirError` where a folder holds no run.
     """
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes, metric = figure.subplots(), ""
     for i, folder in enumerate(workdirs):
@@ -47,15 +47,7 @@ def draw(workdirs: Sequence[pathlib.Path], out: pathlib.Path) -> None:
                 )
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    if out.suffix != ".png":
-        raise workdir.WorkdirError(f"{out} should end in .png")
-    aside = out.with_name(f".{out.name}.tmp.png")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(aside, dpi=120)
-        aside.replace(out)
-    except OSError as error:
-        raise workdir.WorkdirError(f"cannot write {out}: {error.strerror}") from error
+    figures.save(figure, out)
 
 
 def read(folder: pathlib.Path) -> tuple[dict, list[dict]]:

@@ -27,11 +27,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from kernels.attention import biases, tiles
+from kernels.attention import biases, residues, tiles
 from kernels.attention.call import Call, default_positions, statistics_dtype, transform_scores
 from kernels.attention.masks import of_heads
 from kernels.attention.tiles import TileList, TileSizes, Tiling
@@ -43,6 +42,11 @@ SCORES_ON_A_DEVICE = 2**24
 
 def attend(call: Call) -> tuple[Float[Array, "B L H Dv"], Float[Array, "B L H"]]:
     """The same function as `reference.attend`. Memory O(B H (L + S) D)."""
+    return residues.attend(call, _attend_in_order)
+
+
+def _attend_in_order(call: Call) -> tuple[Float[Array, "B L H Dv"], Float[Array, "B L H"]]:
+    """`attend` by tiles of the sequence as it stands."""
     tiling = tiling_of(call)
     out, lse = _attend(tiling, _pad(call, tiling))
     return out[:, : tiling.L], lse[:, : tiling.L]
@@ -267,7 +271,7 @@ class Row(Group):
     def visit(self, visit, carry):
         """`carry = visit(carry, blocks, tested)` over the tiles of the row, `width` blocks of keys at a time."""
         size = self.tiling.width if self.tiling.gathered else 1
-        for tested, listed in zip((False, True), tile_lists(self.tiling, self.call)):
+        for tested, listed in zip((False, True), self.tile_lists()):
             if listed.total:
                 head = 0 if len(listed.counts) == 1 else self.windows["H"][0]
                 blocks = jnp.asarray(listed.columns)[head, self.row]
@@ -277,6 +281,11 @@ class Row(Group):
 
                 carry = lax.fori_loop(0, jnp.asarray(listed.counts)[head, self.row], body, carry)
         return carry
+
+    def tile_lists(self) -> tuple[TileList, TileList]:
+        """The tiles of every row to visit without a test, and with one."""
+        call = self.call
+        return tiles.lists(self.tiling, call.mask, known=call.q_positions is None, tested=call.q_segments is not None)
 
     def scores(self, blocks, tested: bool):
         """The function (products, bias of the tile) -> scores [B, H, q, k], -inf where not allowed."""
@@ -385,15 +394,3 @@ def _backward_row(row: Row, keys, values, lse, dout, delta, *totals):
 
     dq, *totals = row.visit(visit, (jnp.zeros(q.shape, lse.dtype), *totals))
     return row.by_head(dq), *totals
-
-
-def tile_lists(tiling: Tiling, call: Call) -> tuple[TileList, TileList]:
-    """The tiles of every row to visit without a test, and with one."""
-    if call.q_positions is None:
-        kinds = tiles.tables(call.mask, tiling.L, tiling.S, tiling.q_tile, tiling.kv_block)
-    else:
-        kinds = np.array([mask.tile(*tiles.ANYWHERE) for mask in of_heads(call.mask)], np.int8)
-        kinds = np.broadcast_to(kinds[:, None, None], (len(kinds), tiling.rows, tiling.blocks))
-    is_cut_short = np.arange(tiling.blocks) * tiling.kv_block + tiling.kv_block > tiling.S
-    split = tiles.split if tiling.gathered else tiles.split_runs
-    return split(kinds, is_cut_short | (call.q_segments is not None), tiling.width)

@@ -184,6 +184,20 @@ class Tiling:
         return {"L": self.rows * self.q_tile, "S": self.blocks * self.kv_block}
 
 
+def lists(tiling: Tiling, mask: Mask, *, known: bool, tested: bool) -> tuple[TileList, TileList]:
+    """The tiles of every row of `tiling` to visit without a test, and with one.
+
+    known: positions are the default ones; else nothing is known of a tile but what the mask says of any. tested: all are.
+    """
+    if known:
+        kinds = tables(mask, tiling.L, tiling.S, tiling.q_tile, tiling.kv_block)
+    else:
+        kinds = np.array([mask.tile(*ANYWHERE) for mask in of_heads(mask)], np.int8)
+        kinds = np.broadcast_to(kinds[:, None, None], (len(kinds), tiling.rows, tiling.blocks))
+    is_cut_short = np.arange(tiling.blocks) * tiling.kv_block + tiling.kv_block > tiling.S
+    return (split if tiling.gathered else split_runs)(kinds, is_cut_short | tested, tiling.width)
+
+
 @functools.lru_cache(maxsize=64)
 def _counts(mask: Mask, L: int, S: int, q_tile: int, kv_tile: int) -> Int[ndarray, "rows"]:
     """How many tiles each row has to visit, over all heads that differ."""
