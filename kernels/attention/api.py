@@ -25,6 +25,7 @@ IMPLEMENTATIONS = {
     "chunked": Implementation(chunked.attend, _anything, "XLA, lazy softmax over tiles, memory O(L)"),
     "portable": Implementation(portable.attend, portable.why_not, "Pallas kernels, compiled on a GPU and interpreted on a CPU"),
     "xla": Implementation(library.attend_xla, library.why_not_xla, "jax.nn.dot_product_attention, memory O(L S)"),
+    "cudnn": Implementation(library.attend_cudnn, library.why_not_cudnn, "jax.nn.dot_product_attention in cuDNN, fused"),
 }
 PREFERENCE = ("chunked", "reference")
 
