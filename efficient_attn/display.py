@@ -6,7 +6,7 @@ import pathlib
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from absl import logging
 from rich.console import Console
@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 Scalars = Mapping[str, Any]
 
 
+@runtime_checkable
 class Display(Protocol):
     """Told of every line of metrics, and now and then of the step."""
 

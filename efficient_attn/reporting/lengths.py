@@ -83,6 +83,7 @@ def draw(rows: Sequence[Row], metric: str, floors: Mapping[str, float], out: pat
     for name, value in floors.items():
         axes.axhline(value, linestyle="--", linewidth=1, color="grey", label=f"{name} {100 * value:.1f} %")
     axes.set_xscale("log", base=2)
+    axes.set_xticks(sorted({row["length"] for row in rows}), sorted({row["length"] for row in rows}))
     axes.set(xlabel="length of the test sequences", ylabel=f"test {metric}", title=rows[0]["name"])
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
