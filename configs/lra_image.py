@@ -12,10 +12,21 @@ Published test accuracy: transformer 42.4, local 41.5, sparse_transformer 44.2, 
 Of configs/recipes_ssm.py, published: s4 88.7, s4d 88.2 (Gu et al. 2022, S4 table 10 and S4D), lru 89.0 (Orvieto et al. 2023,
 in colour).
 
+Of configs/recipes_low_rank.py, whose table has the published figures: linformer, performer, linear_attention and, in the small
+protocol, these and nystrom (NAME_small).
+
+Of configs/recipes_content.py, whose table has the published figures: reformer, sinkhorn and, in the small protocol,
+reformer_small.
+
+Of configs/recipes_hierarchy.py, whose table has the published figures: fnet, h_transformer_1d, combiner, bp_transformer.
+
 Of configs/recipes_mamba.py: mamba, whose published figures disagree (MetaLA 69.8, xLSTM 68.9).
 """
 
 from configs.recipes import lra_sparse, lra_transformer, s5, small_transformer
+from configs.recipes_content import lra_content, small_content
+from configs.recipes_hierarchy import lra_hierarchy
+from configs.recipes_low_rank import lra_low_rank, small_low_rank
 from configs.recipes_mamba import lra_mamba
 from configs.recipes_ssm import lra_ssm
 from efficient_attn.config import experiment
@@ -44,8 +55,17 @@ RECIPES = {
         longformer=dict(depth=4, heads=4, pooling="mean"),
         bigbird=dict(heads=4),
     ),
+    **lra_low_rank(LRA, max_length=1025),
+    **lra_hierarchy(LRA),
+    **lra_content(
+        LRA, max_length=1025,
+        reformer=dict(depth=4, width=64, qkv=32, mlp=64),
+        sinkhorn=dict(heads=1, width=32, qkv=32, mlp=64, weight_decay=0.7, dropout=0.1, mixer=dict(block_size=64)),
+    ),
     "transformer_small": small_transformer(**SMALL),
     "bigbird_small": small_transformer(**SMALL, mixer=dict(name="bigbird")),
+    **small_low_rank(SMALL, max_length=1024),
+    **small_content(SMALL),
 }  # fmt: skip
 
 

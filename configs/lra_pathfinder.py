@@ -11,10 +11,21 @@ epochs. Published time: transformer_small 2.6 h for 50,000 steps on a V100 (Skyf
 
 Of configs/recipes_ssm.py, published: s4 94.2, s4d 93.1 (Gu et al. 2022, S4 table 10 and S4D), lru 95.1 (Orvieto et al. 2023).
 
+Of configs/recipes_low_rank.py, whose table has the published figures: linformer, performer, linear_attention and, in the small
+protocol, these and nystrom (NAME_small).
+
+Of configs/recipes_content.py, whose table has the published figures: reformer, sinkhorn and, in the small protocol,
+reformer_small.
+
+Of configs/recipes_hierarchy.py, whose table has the published figures: fnet, h_transformer_1d, combiner, bp_transformer.
+
 Of configs/recipes_mamba.py: mamba, whose published figures disagree (MetaLA 69.3, xLSTM 99.2).
 """
 
 from configs.recipes import lra_sparse, lra_transformer, s5, small_transformer
+from configs.recipes_content import lra_content, small_content
+from configs.recipes_hierarchy import lra_hierarchy
+from configs.recipes_low_rank import lra_low_rank, small_low_rank
 from configs.recipes_mamba import lra_mamba
 from configs.recipes_ssm import lra_ssm
 from efficient_attn.config import experiment
@@ -32,6 +43,19 @@ SPARSE = lra_sparse(
     bigbird=dict(heads=2, width=64, qkv=32, mlp=64),
     synthesizer=dict(depth=2, width=64, qkv=32, mlp=64),
 )
+LOW_RANK = lra_low_rank(
+    LRA,
+    max_length=1024,
+    linformer=dict(depth=1, heads=2),
+    performer=dict(heads=8),
+    linear_attention=dict(depth=1, heads=2, width=128, qkv=64, mlp=128),
+)
+CONTENT = lra_content(
+    LRA,
+    max_length=1024,
+    reformer=dict(depth=2, heads=8, width=64, qkv=32, mlp=64),
+    sinkhorn=dict(depth=2, mlp=64, mixer=dict(block_size=64)),
+)
 SMALL = dict(batch=256, steps=62_400, warmup=312)
 
 RECIPES = {
@@ -43,8 +67,13 @@ RECIPES = {
     **lra_mamba("pathfinder"),
     "transformer": {"task": dict(as_tokens=True), **lra_transformer(**LRA)},
     **{name: {"task": dict(as_tokens=True), **recipe} for name, recipe in SPARSE.items()},
+    **{name: {"task": dict(as_tokens=True), **recipe} for name, recipe in LOW_RANK.items()},
+    **lra_hierarchy(LRA, task=dict(as_tokens=True)),
+    **{name: {"task": dict(as_tokens=True), **recipe} for name, recipe in CONTENT.items()},
     "transformer_small": {"task": dict(as_tokens=True), **small_transformer(**SMALL)},
     "bigbird_small": {"task": dict(as_tokens=True), **small_transformer(**SMALL, mixer=dict(name="bigbird"))},
+    **{n: {"task": dict(as_tokens=True), **recipe} for n, recipe in small_low_rank(SMALL, max_length=1024).items()},
+    **{n: {"task": dict(as_tokens=True), **recipe} for n, recipe in small_content(SMALL).items()},
 }  # fmt: skip
 
 

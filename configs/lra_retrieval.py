@@ -13,10 +13,21 @@ steps on a V100 (Skyformer, table 2); its schedule here is the 30,000 steps of m
 
 Of configs/recipes_ssm.py, published: s4 90.9, s4d 89.5 (Gu et al. 2022, S4 table 10 and S4D), lru 89.9 (Orvieto et al. 2023).
 
+Of configs/recipes_low_rank.py, whose table has the published figures: linformer, performer, linear_attention and, in the small
+protocol, these and nystrom (NAME_small).
+
+Of configs/recipes_content.py, whose table has the published figures: reformer, sinkhorn and, in the small protocol,
+reformer_small.
+
+Of configs/recipes_hierarchy.py, whose table has the published figures: fnet, h_transformer_1d, combiner, bp_transformer.
+
 Of configs/recipes_mamba.py: mamba, whose published figures disagree (MetaLA 72.1, xLSTM 90.2).
 """
 
 from configs.recipes import lra_sparse, lra_transformer, s5, small_transformer
+from configs.recipes_content import lra_content, small_content
+from configs.recipes_hierarchy import lra_hierarchy
+from configs.recipes_low_rank import lra_low_rank, small_low_rank
 from configs.recipes_mamba import lra_mamba
 from configs.recipes_ssm import lra_ssm
 from efficient_attn.config import experiment
@@ -33,8 +44,13 @@ RECIPES = {
     **lra_mamba("retrieval"),
     "transformer": lra_transformer(**LRA),
     **lra_sparse(LRA, max_length=4001),
+    **lra_low_rank(LRA, max_length=4001),
+    **lra_hierarchy(LRA),
+    **lra_content(LRA, max_length=4001),
     "transformer_small": small_transformer(**SMALL),
     "bigbird_small": small_transformer(**SMALL, mixer=dict(name="bigbird")),
+    **small_low_rank(SMALL, max_length=4000),
+    **small_content(SMALL),
 }  # fmt: skip
 
 

@@ -7,7 +7,7 @@ to 83.6 % at twice that; 50 epochs of 8,192 steps of batch 8, Adam at 2e-4. Chan
 time-invariant s4d is a control that is not among the paper's rows. Published for mamba (2 layers, width 64, 74K parameters, 25
 epochs, Adam at 1e-3): 100 % at every length from 64 to 2^20.
 
-The *_short recipes train at length 32 and need a few minutes on two CPU cores: mamba_short is to solve many times that length,
+The *_short recipes train at length 64 and need a few minutes on two CPU cores: mamba_short is to solve many times that length,
 the time-invariant s4d_short and s5_short are to stay near chance (1/15, as the trigger is no answer).
 
     python train.py --config=configs/synthetic_induction.py:mamba_short
@@ -16,7 +16,7 @@ the time-invariant s4d_short and s5_short are to stay near chance (1/15, as the 
 from configs.recipes_mamba import short, synthetic
 from efficient_attn.config import experiment
 
-SHORT = dict(task=dict(length=32, num_examples=2500 * 32), width=32, steps=2500, learning_rate=3e-3)
+SHORT = dict(task=dict(length=64, num_examples=2500 * 32), width=32, steps=2500, learning_rate=3e-3)
 
 RECIPES = {
     "softmax": {

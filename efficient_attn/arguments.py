@@ -52,6 +52,8 @@ BOUNDS: Mapping[str, tuple[float, float, bool]] = {
     **dict.fromkeys(("window", "dilation", "block_size", "num_blocks", "stride", "query_block", "rank"), (1, _INFINITY, True)),
     **dict.fromkeys(("query_height", "query_width", "max_length", "conv_width", "trained_length"), (1, _INFINITY, True)),
     **dict.fromkeys(("columns", "expand", "num_experts"), (1, _INFINITY, True)),
+    **dict.fromkeys(("num_landmarks", "pinv_iterations", "projected_length", "packed_length"), (1, _INFINITY, True)),
+    **dict.fromkeys(("num_features", "redraw_every", "conv_kernel"), (0, _INFINITY, True)),
     **dict.fromkeys(("look_back", "look_ahead", "memory", "memory_height", "memory_width"), (0, _INFINITY, True)),
     **dict.fromkeys(("global_tokens", "num_random", "radius", "clip", "copies"), (0, _INFINITY, True)),
     **dict.fromkeys(("feed_forward_width", "eval_batch_size", "max_eval_batches", "patience", "prefetch"), (0, _INFINITY, True)),

@@ -98,15 +98,16 @@ def experiment(
     task = {**task, **chosen.get("task", {})}
     task_class = lookup(tasks.TASKS, task.get("name"), "task.name")
     model = {"dtype": "float32", **chosen["model"]}
-    model["mixer"] = _with_causality(model.get("mixer"), causal=task_class.head == "lm")
+    kept = {key: model.pop(key) for key in ("dtype", "architecture") if key in model}
+    constructor = models.constructor(kept.get("architecture", "trunk"), task_class.head)
+    if "mixer" in arguments_of(constructor):
+        model["mixer"] = _with_causality(model.get("mixer"), causal=task_class.head == "lm")
     config = {
         "name": name,
         "recipe": recipe,
         "seed": seed,
         "task": {"name": task["name"], **_complete(task_class, _without_name(task), "task")},
-        "model": {
-            "dtype": model.pop("dtype"), **_complete(models.HEADS[task_class.head], model, "model")
-        },
+        "model": {**kept, **_complete(constructor, model, "model")},
         "optimizer": _complete(optim.OptimizerConfig, chosen.get("optimizer", {}), "optimizer"),
         "train": _complete(TrainConfig, {**(train or {}), **chosen.get("train", {})}, "train"),
     }  # fmt: skip

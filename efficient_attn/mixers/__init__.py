@@ -14,25 +14,47 @@ import jax
 import numpy as np
 
 from efficient_attn.arguments import ConfigError, check_arguments, lookup
+from efficient_attn.mixers.adaptive_span import AdaptiveSpan
 from efficient_attn.mixers.attention import Attention
 from efficient_attn.mixers.bigbird import BigBird
 from efficient_attn.mixers.blockbert import BlockBERT
+from efficient_attn.mixers.bp_transformer import BPTransformer
+from efficient_attn.mixers.combiner import Combiner
 from efficient_attn.mixers.context import Context
 from efficient_attn.mixers.dss import DSS
+from efficient_attn.mixers.fnet import FNet
 from efficient_attn.mixers.gaussian import HardCodedGaussian
 from efficient_attn.mixers.global_local import GlobalLocal
+from efficient_attn.mixers.h_transformer import HTransformer1D
 from efficient_attn.mixers.identity import Identity
 from efficient_attn.mixers.image_local import ImageLocal1D, ImageLocal2D
 from efficient_attn.mixers.linear_attention import LinearAttention
+from efficient_attn.mixers.linformer import REFUSES_DOCUMENTS as LINFORMER_DOCUMENTS
+from efficient_attn.mixers.linformer import Linformer
 from efficient_attn.mixers.local import BlockLocal, Local
 from efficient_attn.mixers.longformer import Longformer
 from efficient_attn.mixers.lru import LRU
+from efficient_attn.mixers.luna import Luna
 from efficient_attn.mixers.mamba import Mamba
 from efficient_attn.mixers.mamba2 import Mamba2
+from efficient_attn.mixers.nystrom import REFUSES_DOCUMENTS as NYSTROM_DOCUMENTS
+from efficient_attn.mixers.nystrom import NystromAttention
+from efficient_attn.mixers.performer import Performer
+from efficient_attn.mixers.reformer import Reformer
+from efficient_attn.mixers.rfa import RFA, GatedRFA
+from efficient_attn.mixers.routing import REFUSES_DOCUMENTS as ROUTING_DOCUMENTS
+from efficient_attn.mixers.routing import Routing
 from efficient_attn.mixers.s4 import S4
 from efficient_attn.mixers.s4d import S4D
 from efficient_attn.mixers.s4nd import REFUSES_DOCUMENTS, S4ND
 from efficient_attn.mixers.s5 import S5
+from efficient_attn.mixers.scatterbrain import REFUSES_DOCUMENTS as SCATTERBRAIN_DOCUMENTS
+from efficient_attn.mixers.scatterbrain import Scatterbrain
+from efficient_attn.mixers.scfa import SCFA
+from efficient_attn.mixers.sinkhorn import REFUSES_DOCUMENTS as SINKHORN_DOCUMENTS
+from efficient_attn.mixers.sinkhorn import Sinkhorn
+from efficient_attn.mixers.smyrf import REFUSES_DOCUMENTS as SMYRF_DOCUMENTS
+from efficient_attn.mixers.smyrf import Smyrf
 from efficient_attn.mixers.sparse_transformer import SparseTransformer
 from efficient_attn.mixers.synthesizer import Synthesizer
 
@@ -50,6 +72,8 @@ class Entry:
     decode: it continues token by token from the `cache` collection, equal to the parallel form.
     length_dependent: the pattern is laid out over the whole row (say, in n parts), so that a document sees other parts of
         itself in a longer row, padded or packed, than alone.
+    content_based: the tokens themselves decide which of the pattern's positions a position sees, and rounding may for a few
+        tokens decide otherwise.
     by_fft: it convolves by FFT, whose rounding reaches every position: causal but for that.
     refuses_documents: why packed documents (segment_ids) are an error; "" where they are kept apart.
     recall: how far above chance two layers get on associative recall in the contract test's short training,
@@ -62,6 +86,7 @@ class Entry:
     bidirectional: bool = True
     decode: bool = True
     length_dependent: bool = False
+    content_based: bool = False
     by_fft: bool = False
     refuses_documents: str = ""
     recall: float | str = "not measured"
@@ -69,6 +94,7 @@ class Entry:
 
 
 _BIDIRECTIONAL = "bidirectional only, and the test's task is autoregressive"
+_SUMS = "sums keep every key in few features: near chance after so short a training"
 _TIME_INVARIANT = "time-invariant: what it stores does not depend on the content"
 
 MIXERS: Mapping[str, Entry] = {
@@ -97,6 +123,98 @@ MIXERS: Mapping[str, Entry] = {
     "mamba": Entry(Mamba, cost="L", recall=0.3),
     "mamba2": Entry(Mamba2, cost="L", recall=0.3),
     "linear_attention": Entry(LinearAttention, cost="L", recall="one sum keeps every key: near chance after so short a training"),
+    "fnet": Entry(
+        FNet,
+        cost="L log L",
+        causal=False,
+        decode=False,
+        length_dependent=True,
+        refuses_documents=FNet.refuses_documents,
+        recall=_BIDIRECTIONAL,
+    ),
+    "reformer": Entry(
+        Reformer,
+        cost="L log L + L rounds chunk_size",
+        decode=False,
+        length_dependent=True,
+        content_based=True,
+        recall="new hashes at every step: few of them let a query see what it needs in so short a training",
+    ),
+    "routing": Entry(
+        Routing,
+        cost="L (num_clusters + L / num_clusters + block_size)",
+        decode=False,
+        length_dependent=True,
+        content_based=True,
+        refuses_documents=ROUTING_DOCUMENTS,
+        recall=0.2,
+    ),
+    "sinkhorn": Entry(
+        Sinkhorn,
+        cost="L block_size + L^2 / block_size",
+        decode=False,
+        length_dependent=True,
+        refuses_documents=SINKHORN_DOCUMENTS,
+        recall="tokens of other blocks come mixed, and so short a training does not learn to sort them",
+    ),
+    "smyrf": Entry(
+        Smyrf,
+        cost="L log L + L rounds cluster_size",
+        causal=False,
+        decode=False,
+        length_dependent=True,
+        content_based=True,
+        refuses_documents=SMYRF_DOCUMENTS,
+        recall=_BIDIRECTIONAL,
+    ),
+    "scfa": Entry(
+        SCFA,
+        cost="L^2 / num_buckets",
+        content_based=True,
+        recall="its own key is the nearest to every query, so that a token mostly reads itself",
+    ),
+    "h_transformer_1d": Entry(
+        HTransformer1D,
+        cost="L block_size; causal: L block_size log L",
+        refuses_documents=HTransformer1D.refuses_documents,
+        recall=0.3,
+    ),
+    "performer": Entry(Performer, cost="L num_features", recall=_SUMS),
+    "combiner": Entry(
+        Combiner,
+        cost="L (size + L / size); logsparse: L log L",
+        refuses_documents=Combiner.refuses_documents,
+        recall="far tokens are read through maxima of keys: near chance after so short a training",
+    ),
+    "rfa": Entry(RFA, cost="L num_features", recall=_SUMS),
+    "rfa_gate": Entry(GatedRFA, cost="L num_features", bidirectional=False, recall=_SUMS),
+    "luna": Entry(Luna, cost="L packed_length", recall=_SUMS),
+    "scatterbrain": Entry(
+        Scatterbrain, cost="L (block_size + num_features)", decode=False, refuses_documents=SCATTERBRAIN_DOCUMENTS, recall=_SUMS
+    ),
+    "linformer": Entry(
+        Linformer,
+        cost="L projected_length",
+        causal=False,
+        decode=False,
+        refuses_documents=LINFORMER_DOCUMENTS,
+        recall=_BIDIRECTIONAL,
+    ),
+    "nystrom": Entry(
+        NystromAttention,
+        cost="L num_landmarks",
+        causal=False,
+        decode=False,
+        refuses_documents=NYSTROM_DOCUMENTS,
+        recall=_BIDIRECTIONAL,
+    ),
+    "adaptive_span": Entry(AdaptiveSpan, cost="L max_span", recall=0.3),
+    "bp_transformer": Entry(
+        BPTransformer,
+        cost="L log L + L neighbours log(L / neighbours)",
+        refuses_documents=BPTransformer.refuses_documents,
+        recall=0.3,
+    ),
     "identity": Entry(Identity, cost="L", recall="mixes nothing: every position sees itself alone"),
 }
 

@@ -17,6 +17,8 @@ class Context:
     positions: int [B, L], of each token in its own document; None means 0..L-1.
     memory: what a mechanism attends besides its input (encoder states, cached segments).
     bias: a position method that all layers share (`config.model.bias`); None means none.
+    shared: parameters that several layers use, by name: what their mixers' `shared_parameters` ask the model for; None means
+        none.
     train: dropout is on and batch statistics are updated.
     decode: inputs continue what the `cache` collection holds, one token or one chunk at a time; without padding, and no
         further than the length that the cache was initialised with.
@@ -27,6 +29,7 @@ class Context:
     positions: Any = None
     memory: Any = None
     bias: Any = None
+    shared: Any = None
     train: bool = flax.struct.field(pytree_node=False, default=False)
     decode: bool = flax.struct.field(pytree_node=False, default=False)
 

@@ -18,45 +18,67 @@ def features(x: Float[Array, "B L H D"]) -> Float[Array, "B L H D"]:
 
 
 def linear_attention(
-    q: Float[Array, "B L H D"],
-    k: Float[Array, "B L H D"],
+    q: Float[Array, "B L H D"], k: Float[Array, "B L H D"], v: Float[Array, "B L H P"], **options
+) -> tuple[Float[Array, "B L H P"], Float[Array, "B H P1 D"] | None]:
+    """`kernel_attention` with phi = elu + 1 on both sides (Katharopoulos et al. 2020); `options` are its own."""
+    return kernel_attention(features(q), features(k), v, **options)
+
+
+def kernel_attention(
+    phi_q: Float[Array, "B L H M"],
+    phi_k: Float[Array, "B L H M"],
     v: Float[Array, "B L H P"],
     *,
     causal: bool,
     mask: Bool[Array, "B L"] | None = None,
     reset: Bool[Array, "B L"] | None = None,
-    h0: Float[Array, "B H P1 D"] | None = None,
+    forgetting: Float[Array, "B L H"] | None = None,
+    h0: Float[Array, "B H P1 M"] | None = None,
+    floor: float = 0.0,
     implementation: str | None = None,
-) -> tuple[Float[Array, "B L H P"], Float[Array, "B H P1 D"] | None]:
+) -> tuple[Float[Array, "B L H P"], Float[Array, "B H P1 M"] | None]:
     """out_i = sum_j (phi(q_i) . phi(k_j)) v_j / sum_j phi(q_i) . phi(k_j) (Katharopoulos et al. 2020, eqs. 5 and 9).
 
-    causal: j <= i; the sums are then states of `kernels.scan.ssd` without decay (eqs. 10 and 11), with v's denominator as one
-        more of its columns: P1 = P + 1. Otherwise over all j, of the same document.
+    phi_q, phi_k: features of queries and keys, float32 or float64.
+    causal: j <= i; the sums are then states of `kernels.scan.ssd` (eqs. 10 and 11), with v's denominator as one more of its
+        columns: P1 = P + 1. Otherwise over all j, of the same document.
     mask: False at keys that nothing reads. A query that reads no key gives 0.
     reset: True where a document starts.
+    forgetting: f_t >= 0, causal only: with g_t = exp(-f_t), sums S_t = g_t S_{t-1} + (1 - g_t) phi(k_t) v_t^T take the place of
+        S_t = S_{t-1} + phi(k_t) v_t^T. Masked positions forget nothing.
     h0: the sums before the first key (causal only).
+    floor: least denominator; smaller ones count as this. 0, for kernels that are positive, has none.
     implementation: of `kernels.scan.ssd`. None where nothing is causal and no document starts needs no scan: two products.
 
     Returns the output, in v's type, and the sums after the last key (None where not causal).
     """
-    phi_q, phi_k = features(q), features(k)
     phi_k = phi_k if mask is None else jnp.where(mask[..., None, None], phi_k, 0)
-    values = jnp.concatenate([v.astype(phi_k.dtype), jnp.ones_like(phi_k[..., :1])], axis=-1)
+    values = jnp.concatenate([v.astype(phi_k.dtype), jnp.ones_like(v[..., :1], dtype=phi_k.dtype)], axis=-1)
 
     def run(**options):
-        steps = jnp.ones(values.shape[:3], values.dtype)
-        return ssd(values, steps, None, phi_k, phi_q, softplus=False, reset=reset, implementation=implementation, **options)
+        steps, decay, written = jnp.ones(values.shape[:3], values.dtype), None, values
+        if forgetting is not None:
+            steps = forgetting.astype(values.dtype) if mask is None else jnp.where(mask[..., None], forgetting, 0)
+            decay, written = -jnp.ones(values.shape[2], values.dtype), values * _written_per_step(steps)[..., None]
+        return ssd(written, steps, decay, phi_k, phi_q, softplus=False, reset=reset, implementation=implementation, **options)
 
     last = None
     if causal:
         sums, last = run(h0=h0)
     elif reset is None and implementation is None:
-        sums = jnp.einsum("blhd,bhpd->blhp", phi_q, jnp.einsum("bshp,bshd->bhpd", values, phi_k))
+        sums = jnp.einsum("blhm,bhpm->blhp", phi_q, jnp.einsum("bshp,bshm->bhpm", values, phi_k))
     else:
         itself = jnp.sum(phi_q * phi_k, axis=-1, keepdims=True) * values
         sums = run()[0] + run(reverse=True)[0] - itself
     numerator, denominator = sums[..., :-1], sums[..., -1:]
-    return (numerator / jnp.where(denominator > 0, denominator, 1)).astype(v.dtype), last
+    return (numerator / jnp.where(denominator > floor, denominator, floor or 1.0)).astype(v.dtype), last
+
+
+def _written_per_step(f: Float[Array, "B L H"]) -> Float[Array, "B L H"]:
+    """(1 - exp(-f)) / f, which is 1 at 0: `ssd` multiplies what is written by the step, which is f."""
+    is_small = f < 1e-12
+    f = jnp.where(is_small, 1.0, f)
+    return jnp.where(is_small, 1.0, -jnp.expm1(-f) / f)
 
 
 class LinearAttention(nn.Module):
@@ -68,7 +90,8 @@ class LinearAttention(nn.Module):
     use_bias: biases on the four projections.
     implementation: of `kernels.scan.ssd`; None means the fastest for the platform.
 
-    Queries and keys are not scaled. A causal layer decodes from a cache of [B, H, D + 1, D] float32 whatever the length.
+    Queries and keys are not scaled. A causal layer decodes from a cache of [B, H, D + 1, M] float32 (M features; here M = D)
+    whatever the length. A mechanism with other features overrides `feature_maps`.
     """
 
     num_heads: int = 4
@@ -78,6 +101,9 @@ class LinearAttention(nn.Module):
     implementation: str | None = None
     dtype: Dtype = jnp.float32
 
+    floor = 0.0
+    """Least denominator of `kernel_attention`."""
+
     @nn.compact
     def __call__(self, x: Float[Array, "B L E"], ctx: Context) -> Float[Array, "B L E"]:
         width = x.shape[-1]
@@ -85,21 +111,29 @@ class LinearAttention(nn.Module):
             raise ValueError(f"width {width} is not divisible by num_heads={self.num_heads}; set head_dim")
         sizes = (self.num_heads, self.head_dim or width // self.num_heads)
         q, k, v = (self._dense(sizes, name)(x) for name in ("query", "key", "value"))
-        if ctx.decode:
-            out = self._decode(q, k, v)
-        else:
-            options = dict(mask=ctx.mask, reset=segment_starts(ctx.segment_ids), implementation=self.implementation)
-            out, _ = linear_attention(q, k, v, causal=self.causal, **options)
-        return self._dense(width, "out", axis=(-2, -1))(out)
+        return self._dense(width, "out", axis=(-2, -1))(self.attention(q, k, v, x, ctx))
 
-    def _decode(self, q, k, v):
-        """Continue from the cached sums by one chunk."""
+    def feature_maps(self, q, k, ctx: Context) -> tuple[Float[Array, "B L H M"], Float[Array, "B L H M"]]:
+        """phi of queries and keys, in float32 at least."""
+        return features(q), features(k)
+
+    def forgetting(self, x: Float[Array, "B L E"]) -> Float[Array, "B L H"] | None:
+        """What `kernel_attention` calls so; None forgets nothing."""
+        return None
+
+    def attention(self, q, k, v, x, ctx: Context) -> Float[Array, "B L H P"]:
+        """`kernel_attention` of a whole row or, decoding, from the cached sums on by one chunk; x is the layer's input."""
+        phi_q, phi_k = self.feature_maps(q, k, ctx)
+        options = dict(causal=self.causal, forgetting=self.forgetting(x), floor=self.floor, implementation=self.implementation)
+        if not ctx.decode:
+            reset = segment_starts(ctx.segment_ids)
+            return kernel_attention(phi_q, phi_k, v, mask=ctx.mask, reset=reset, **options)[0]
         if not self.causal:
             raise ValueError("only causal linear attention decodes token by token; set causal=True")
         is_filled = self.has_variable("cache", "state")
-        shape = (v.shape[0], v.shape[2], v.shape[3] + 1, k.shape[3])
+        shape = (v.shape[0], v.shape[2], v.shape[3] + 1, phi_k.shape[3])
         state = self.variable("cache", "state", jnp.zeros, shape, jnp.float32)
-        out, last = linear_attention(q, k, v, causal=True, h0=state.value, implementation=self.implementation)
+        out, last = kernel_attention(phi_q, phi_k, v, h0=state.value, **options)
         if is_filled:
             state.value = last
         return out

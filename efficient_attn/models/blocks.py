@@ -1,6 +1,7 @@
 """The residual block every model stacks: a mixer and a feed-forward network, each with its norm."""
 
 from collections.abc import Callable, Mapping
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
@@ -64,6 +65,7 @@ class Block(nn.Module):
     use_bias: bool
     experts: Mapping
     dropout: float
+    feed_forward_chunk: int = 0
     dtype: Dtype = jnp.float32
 
     @nn.compact
@@ -84,13 +86,36 @@ class Block(nn.Module):
             name="mlp",
         )
         routing = moe.routing(self.experts)
-        return FeedForward(**network) if routing is None else moe.MixtureOfExperts(routing, **network)
+        if routing is None:
+            return FeedForward(**network, chunk=self.feed_forward_chunk)
+        return moe.MixtureOfExperts(routing, **network)
 
     def _residual(self, norm_name: str, layer: Callable, x, ctx: Context):
-        norm = lookup(NORMS, self.norm, "model.norm")(norm_name, self.norm_momentum, self.dtype)
-        y = layer(norm(x, ctx), ctx) if self.prenorm else layer(x, ctx)
-        x = x + nn.Dropout(self.dropout)(y, deterministic=not ctx.train)
-        return x if self.prenorm else norm(x, ctx)
+        if self.prenorm:
+            return x + self._branch(norm_name, layer, x, ctx)
+        x = x + nn.Dropout(self.dropout)(layer(x, ctx), deterministic=not ctx.train)
+        return self._norm(norm_name)(x, ctx)
+
+    def _branch(self, norm_name: str, layer: Callable, x, ctx: Context):
+        """What a layer with its norm before it adds to x."""
+        y = layer(self._norm(norm_name)(x, ctx), ctx)
+        return nn.Dropout(self.dropout)(y, deterministic=not ctx.train)
+
+    def _norm(self, name: str) -> Norm:
+        return lookup(NORMS, self.norm, "model.norm")(name, self.norm_momentum, self.dtype)
+
+
+class ReversibleBlock(Block):
+    """A block taken apart for `reversible.stack`: what its mixer or its feed-forward network ("mlp") adds."""
+
+    halves: ClassVar[Mapping[str, tuple[str, ...]]] = {"mixer": ("norm_mixer", "mixer"), "mlp": ("norm_mlp", "mlp")}
+    """The submodules of each half."""
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B L E"], ctx: Context, half: str) -> Float[Array, "B L E"]:
+        if half == "mixer":
+            return self._branch("norm_mixer", mixers.build(self.mixer, name="mixer", dtype=self.dtype), x, ctx)
+        return self._branch("norm_mlp", self._feed_forward(), x, ctx)
 
 
 def masked_mean(x: Float[Array, "B L E"], mask: Bool[Array, "B L"]) -> Float[Array, "B E"]:

@@ -44,16 +44,39 @@ A function of x, the width, and `dense(width, name)`, which makes a linear layer
 
 
 class FeedForward(nn.Module):
-    """Two linear layers with one of `FEED_FORWARDS` between them."""
+    """Two linear layers with one of `FEED_FORWARDS` between them.
+
+    chunk: positions that are computed at a time, so that the hidden layer of all of them never exists, forward or backward
+        (Reformer, Kitaev et al. 2020, section 3); 0 for all at once.
+    """
 
     width: int
     kind: str = "gelu"
     dropout: float = 0.0
     use_bias: bool = True
+    chunk: int = 0
     dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "B L E"], ctx: Context) -> Float[Array, "B L E"]:
+        if not self.chunk or self.chunk >= x.shape[1]:
+            return self._network(x, ctx)
+        B, L, E = x.shape
+        chunks = jnp.pad(x, ((0, 0), (0, -L % self.chunk), (0, 0))).reshape(B, -1, self.chunk, E)
+
+        def one(module, carry, chunk):
+            return carry, module._network(chunk, ctx)
+
+        over_chunks = nn.scan(
+            nn.remat(one, prevent_cse=False),
+            variable_broadcast="params",
+            split_rngs={"params": False, "dropout": True},
+            in_axes=1,
+            out_axes=1,
+        )
+        return over_chunks(self, None, chunks)[1].reshape(B, -1, E)[:, :L]
+
+    def _network(self, x: Float[Array, "B L E"], ctx: Context) -> Float[Array, "B L E"]:
         init = nn.initializers.xavier_uniform()
 
         def dense(width, name):

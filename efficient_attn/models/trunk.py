@@ -1,6 +1,6 @@
 """What all models share: inputs to vectors, then a stack of blocks."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -12,7 +12,8 @@ from jaxtyping import Array, Float
 from efficient_attn import mixers, positions
 from efficient_attn.arguments import ConfigError, lookup
 from efficient_attn.mixers.context import Context
-from efficient_attn.models.blocks import NORMS, REMAT_POLICIES, Block
+from efficient_attn.models import reversible
+from efficient_attn.models.blocks import NORMS, REMAT_POLICIES, Block, ReversibleBlock
 
 
 class Trunk(nn.Module):
@@ -22,8 +23,10 @@ class Trunk(nn.Module):
     depth, width: blocks, and channels E.
     norm, prenorm, norm_momentum: one of `NORMS`, before or after each layer; momentum of batch-norm averages.
     feed_forward, feed_forward_width: one of `FEED_FORWARDS` and its hidden size; width 0 leaves it out.
+    feed_forward_chunk: positions whose feed-forward network is computed at a time, to bound its memory; 0 for all at once.
     experts: one dict of `moe.ROUTINGS`, or several that are cycled over depth: which layers have a mixture of such networks.
     use_bias: biases in feed-forward networks and in the output layer.
+    residual: one of `RESIDUALS`: "standard", or "reversible" with two streams whose activations are not kept.
     final_norm: one more norm after the last block.
     embed_stddev: standard deviation of initial token vectors.
     positions: added to embeddings, by name from `positions.EMBEDDINGS`.
@@ -47,11 +50,13 @@ class Trunk(nn.Module):
     norm_momentum: float = 0.9
     feed_forward: str = "gelu"
     feed_forward_width: int = 0
+    feed_forward_chunk: int = 0
     experts: Mapping | Sequence[Mapping] = FrozenDict(name="none")
     use_bias: bool = True
     positions: Mapping = FrozenDict(name="none")
     bias: Mapping = FrozenDict(name="none")
     position_sampling: Mapping = FrozenDict(name="none")
+    residual: str = "standard"
     final_norm: bool = True
     embed_stddev: float = 0.02
     dropout: float = 0.0
@@ -80,19 +85,33 @@ class Trunk(nn.Module):
 
     def blocks(self, x: Float[Array, "B L E"], ctx: Context) -> Float[Array, "B L E"]:
         """The stack of blocks, and the norm that closes it."""
-        policy = lookup(REMAT_POLICIES, self.remat, "model.remat")
-        block = Block if policy is None else nn.remat(Block, policy=policy)
-        shared = {field: getattr(self, field) for field in _BLOCK_FIELDS}
-        ctx = ctx.replace(bias=self._shared_bias())
-        layers = zip(mixers_by_depth(self.mixer, self.depth), by_depth(self.experts, self.depth, "model.experts"))
-        for i, (mixer, experts) in enumerate(layers):
-            embedding = self._position_embedding(f"positions_{i}")
-            if embedding.per_layer:
-                x = self._with_positions(embedding, x, ctx)
-            x = block(mixer=mixer, experts=experts, name=f"layer_{i}", **shared)(x, ctx)
+        ctx = ctx.replace(bias=self._shared_bias(), shared=self._shared_parameters())
+        x = lookup(RESIDUALS, self.residual, "model.residual")(self, x, ctx)
         if self.final_norm:
             x = lookup(NORMS, self.norm, "model.norm")("norm", self.norm_momentum, self.dtype)(x, ctx)
         return x
+
+    def _standard(self, x: Float[Array, "B L E"], ctx: Context) -> Float[Array, "B L E"]:
+        policy = lookup(REMAT_POLICIES, self.remat, "model.remat")
+        for i, layer in enumerate(self._layers(Block if policy is None else nn.remat(Block, policy=policy))):
+            embedding = self._position_embedding(f"positions_{i}")
+            if embedding.per_layer:
+                x = self._with_positions(embedding, x, ctx)
+            x = layer(x, ctx)
+        return x
+
+    def _reversible(self, x: Float[Array, "B L E"], ctx: Context) -> Float[Array, "B L E"]:
+        if ctx.shared:
+            raise ConfigError(
+                f"model.residual='reversible' gives each layer its own gradients; {', '.join(ctx.shared)} is shared"
+            )
+        key = self.make_rng("dropout") if self.has_rng("dropout") else None
+        return reversible.stack(self._layers(ReversibleBlock), x, ctx, key)
+
+    def _layers(self, block: type[nn.Module]) -> list[nn.Module]:
+        shared = {field: getattr(self, field) for field in _BLOCK_FIELDS}
+        dicts = zip(mixers_by_depth(self.mixer, self.depth), by_depth(self.experts, self.depth, "model.experts"))
+        return [block(mixer=mixer, experts=experts, name=f"layer_{i}", **shared) for i, (mixer, experts) in enumerate(dicts)]
 
     def _with_positions(self, embedding: nn.Module, x: Float[Array, "B L E"], ctx: Context) -> Float[Array, "B L E"]:
         at = ctx.positions_or_default(*x.shape[:2])
@@ -115,9 +134,25 @@ class Trunk(nn.Module):
             raise ConfigError(f"model.bias is shared by attention layers of one size; here these have {sorted(map(str, sizes))}")
         return bias(*sizes)
 
+    def _shared_parameters(self) -> Mapping[str, Array] | None:
+        """Parameters that several layers use: what the mixers that have a method `shared_parameters` ask for."""
+        wanted: dict[str, tuple[Callable, tuple[int, ...]]] = {}
+        for mixer in mixers_by_depth(self.mixer, self.depth):
+            asks = getattr(mixers.build(mixer, parent=None), "shared_parameters", dict)
+            for name, (init, shape) in asks().items():
+                _, agreed = wanted.setdefault(name, (init, shape))
+                if shape != agreed:
+                    raise ConfigError(f"model.mixer: layers that share {name} need it in one shape; here {agreed} and {shape}")
+        return {name: self.param(name, init, shape, jnp.float32) for name, (init, shape) in wanted.items()} or None
+
+
+RESIDUALS: Mapping[str, Callable] = {"standard": Trunk._standard, "reversible": Trunk._reversible}
+"""How layers are stacked, by the name `config.model.residual` uses."""
+
 
 _BLOCK_FIELDS = (
-    "norm", "prenorm", "norm_momentum", "feed_forward", "feed_forward_width", "use_bias", "dropout", "dtype",
+    "norm", "prenorm", "norm_momentum", "feed_forward", "feed_forward_width", "feed_forward_chunk", "use_bias", "dropout",
+    "dtype",
 )  # fmt: skip
 
 

@@ -36,6 +36,22 @@ ARGUMENTS = {
     "mamba": dict(state_dim=4),
     "mamba2": dict(state_dim=4, head_dim=4, groups=2),
     "linear_attention": dict(num_heads=2),
+    "performer": dict(num_heads=2, num_features=16),
+    "rfa": dict(num_heads=2, num_features=64),
+    "rfa_gate": dict(num_heads=2, num_features=64),
+    "luna": dict(num_heads=2, packed_length=3),
+    "scatterbrain": dict(num_heads=2, num_features=16, block_size=4),
+    "nystrom": dict(num_heads=2, num_landmarks=4, conv_kernel=3),
+    "linformer": dict(num_heads=2, max_length=65, projected_length=4),
+    "combiner": dict(num_heads=2, num_kv_heads=1, factorisation="axial_rowmajor", size=4, rotation=dict(name="rotary")),
+    "adaptive_span": dict(num_heads=2, num_kv_heads=1, max_span=11, init_span=5.0, dynamic=True, rotation=dict(name="rotary")),
+    "bp_transformer": dict(num_heads=2, num_kv_heads=1, neighbours=2, rotation=dict(name="rotary")),
+    "h_transformer_1d": dict(num_heads=2, num_kv_heads=1, block_size=4, rotation=dict(name="rotary")),
+    "reformer": dict(num_heads=2, chunk_size=5, rounds=2, num_buckets=4),
+    "routing": dict(num_heads=2, num_clusters=3, block_size=4),
+    "sinkhorn": dict(num_heads=2, block_size=5, max_length=65, iterations=3),
+    "smyrf": dict(num_heads=2, cluster_size=5, rounds=2),
+    "scfa": dict(num_heads=2, num_buckets=2),
 }
 CAUSAL = [name for name, entry in MIXERS.items() if entry.causal]
 BIDIRECTIONAL = [name for name, entry in MIXERS.items() if entry.bidirectional]
@@ -59,6 +75,14 @@ def visible(module, t: int) -> np.ndarray:
     position, causal = np.arange(L), module.causal
     stated = module.mask(L) if isinstance(module, Attention) else masks.Causal() if causal else masks.Full()
     return np.any([mask.allowed(position[t], position) for mask in masks.of_heads(stated)], axis=0)
+
+
+def check_seen(name: str, seen: np.ndarray, expected: np.ndarray) -> None:
+    """In each row of `seen` exactly what is expected; where the content decides, nothing else and more than one position."""
+    if MIXERS[name].content_based:
+        assert not np.any(seen & ~expected[None]) and np.all(seen.sum(axis=-1) > 1)
+    else:
+        np.testing.assert_array_equal(seen, np.broadcast_to(expected, seen.shape))
 
 
 def make(name: str, causal: bool, seed: int = 0):
@@ -97,7 +121,7 @@ def test_causal_form_has_no_gradient_from_the_future(name):
         gradient = jnp.where(jnp.abs(gradient) <= 1e-6 * jnp.max(jnp.abs(gradient)), 0, gradient)
     np.testing.assert_array_equal(gradient[:, t + 1 :], 0.0)
     if name != "identity":
-        np.testing.assert_array_equal(np.any(gradient != 0, axis=-1), np.broadcast_to(visible(module, t), (B, L)))
+        check_seen(name, np.any(gradient != 0, axis=-1), visible(module, t))
 
 
 @pytest.mark.parametrize("name", [n for n in BIDIRECTIONAL if n != "identity"])
@@ -106,7 +130,7 @@ def test_bidirectional_form_sees_both_sides(name):
     gradient = jax.jit(jax.grad(lambda x: jnp.sum(module.apply(variables, x, Context())[:, 9])))(x)
     expected = visible(module, 9)
     assert expected[:9].any() and expected[10:].any()
-    np.testing.assert_array_equal(np.any(gradient != 0, axis=-1), np.broadcast_to(expected, (B, L)))
+    check_seen(name, np.any(gradient != 0, axis=-1), expected)
 
 
 @pytest.mark.parametrize("name", MIXERS)
@@ -171,7 +195,8 @@ def test_bfloat16_follows_float32(name):
     low = build(mixer_dict(name, MIXERS[name].causal), dtype=jnp.bfloat16)
     y, z = jax.jit(module.apply)(variables, x, Context()), jax.jit(low.apply)(variables, x.astype(jnp.bfloat16), Context())
     assert z.dtype == jnp.bfloat16
-    np.testing.assert_allclose(z.astype(jnp.float32), y, rtol=0, atol=0.05 * float(jnp.max(jnp.abs(y))))
+    is_far = np.any(np.abs(z.astype(jnp.float32) - y) > 0.05 * float(jnp.max(jnp.abs(y))), axis=-1)
+    assert np.all(np.isfinite(z.astype(jnp.float32))) and np.mean(is_far) <= (0.2 if MIXERS[name].content_based else 0.0)
 
 
 def test_errors_name_what_is_wrong():

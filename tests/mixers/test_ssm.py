@@ -248,7 +248,7 @@ def value_and_gradients(form, value, u, g):
     return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(value, u)
 
 
-@pytest.mark.parametrize(("length", "chunk_boundary"), [(1, 0), (2, 0), (CHUNK - 1, 0), (CHUNK + 1, 1), (1000, 15)])
+@pytest.mark.parametrize(("length", "chunk_boundary"), [(1, 0), (2, 0), (CHUNK - 1, 0), (CHUNK + 1, 1), (1000, 15), (16384, 256)])
 @pytest.mark.parametrize("name", STRUCTURES)
 def test_recurrence_is_convolution(x64, name, length, chunk_boundary):
     """Values and all gradients, over none, one and many chunks."""
