@@ -24,6 +24,7 @@ SIZES: Mapping[str, Callable[[int], dict[str, Any]]] = {
     "image_local_2d": lambda length: dict(width=32),
     "sparse_transformer": lambda length: dict(kind="fixed", stride=50, width=10),
     "longformer": lambda length: dict(window=512),
+    "adaptive_span": lambda length: dict(max_span=256),
     "synthesizer": lambda length: dict(mode="factorized_random", rank=32),
     "s4nd": lambda length: dict(columns=32),
 }

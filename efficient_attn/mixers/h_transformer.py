@@ -86,8 +86,8 @@ def hierarchical_attention(
     """sum_l P_l e^{S_l} V_l / sum_l P_l e^{S_l} 1: attention whose scores are constant over blocks that grow with the distance.
 
     At level l = 0, 1, ... tokens are averaged in cells of 2^l. The score of a pair is that of the means of its cells at the
-    finest level whose neighbouring blocks of `block_size` cells hold the pair. Every pair is at exactly one
-    level, so this is softmax attention where S <= 2 block_size, or where queries and keys are constant in each coarse cell.
+    finest level whose neighbouring blocks of `block_size` cells hold the pair. Every pair is at exactly one level, so this is
+    softmax attention where S <= 2 block_size, or where queries and keys are constant in each coarse cell.
     Levels are joined by their log-sum-exps, one maximum for all. Time and memory O(S block_size D).
 
     causal: keys after the query are not seen. The mean of a cell of queries would tell a query of later ones, so queries are

@@ -257,7 +257,7 @@ def test_errors_name_what_is_wrong():
         build(dict(name="reformer", chunk_size=0)).init(jax.random.key(0), x, Context())
     with pytest.raises(ValueError, match="reformer: what a token sees depends on later tokens"):
         build(dict(name="reformer", causal=True)).init(jax.random.key(0), x, Context(decode=True))
-    with pytest.raises(ConfigError, match="model.bias does not go with the mixer 'reformer'"):
+    with pytest.raises(ConfigError, match=r"model.bias does not go with the mixer 'reformer'"):
         build(dict(name="reformer")).init(jax.random.key(0), x, Context(bias=object()))
     with pytest.raises(ValueError, match=r"buckets=\(4,\) for 3 rotated axes"):
         angular_hash(jnp.zeros((1, 2, 1, 4)), jnp.zeros((1, 4, 1, 3)), (4,))
