@@ -4,10 +4,10 @@
 
 The protocol and the published figures are those of configs/tables/lra_speed.py. The input is random bytes: what they are makes no
 difference. A mixer runs in a process of its own, for --budget seconds at most, so that none can end the others; every length
-it finishes is in the file at once, and the same command again runs what is missing. Memory is what the compiled step needs,
-arguments and temporaries, by XLA's own analysis; a step that needs more than --gigabytes is compiled but not run. Time is the
-fastest of --steps steps, since other work on the machine can only add to it; the median is in the file too. Exponents are
-least-squares slopes of logarithms, over the lengths that ran.
+it finishes is in the file at once, and the same command again runs what is missing (--again: all that is asked for). Memory is
+what the compiled step needs, arguments and temporaries, by XLA's own analysis; a step that needs more than --gigabytes is
+compiled but not run. Time is the fastest of --steps steps, since other work on the machine can only add to it; the median is in
+the file too. Exponents are least-squares slopes of logarithms, over the lengths that ran.
 """
 
 import argparse
@@ -170,23 +170,24 @@ def _number(value: float | None) -> str:
 
 
 def draw(rows: Sequence[Row], out: pathlib.Path) -> None:
-    """Milliseconds and megabytes against length, both logarithmic, a line for each mixer with its exponent."""
+    """Milliseconds and megabytes against length, both logarithmic, a line for each mixer with both exponents."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 8), layout="constrained")
+    figure, ran = Figure(figsize=(15, 7.5), layout="constrained"), {}
     for axes, kind, label in zip(figure.subplots(1, 2), ("ms", "mb"), ("ms a training step", "MB: arguments and temporaries")):
         for i, row in enumerate(rows):
             if row[kind]:
-                slope = row["time_exponent" if kind == "ms" else "memory_exponent"]
+                slopes = (row[f"{of}_exponent"] for of in ("time", "memory"))
+                label_of_row = f"{row['mixer']}  {', '.join(map(_number, slopes))}"
                 style = dict(color=colormaps["tab20"](i % 20), linestyle=("-", "--", ":")[i // 20 % 3], marker="o", markersize=3)
-                axes.loglog(*zip(*row[kind].items()), label=f"{row['mixer']} {_number(slope)}", **style)
+                (ran[label_of_row],) = axes.loglog(*zip(*row[kind].items()), **style)
         ticks = sorted({length for row in rows for length in row[kind]})
         axes.set(xlabel="length", ylabel=label, xticks=ticks)
         axes.set_xticklabels(map(_short, ticks))
         axes.minorticks_off()
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=6, ncols=2, title="mixer, fitted exponent")
+    figure.legend(ran.values(), ran.keys(), fontsize=8, loc="outside right upper", title="mixer, exponents of time, memory")
     aside = out.with_name(f".{out.name}.tmp.png")
     figure.savefig(aside, dpi=110)
     aside.replace(out)
@@ -199,6 +200,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=5, help="timed steps, after one that is not")
     parser.add_argument("--budget", type=float, default=120, help="seconds for one mixer, all lengths and compiling included")
     parser.add_argument("--gigabytes", type=float, default=6, help="memory that a step may need to be run")
+    parser.add_argument("--again", action="store_true", help="measure what is asked for even where the file has it")
     for field, default in zip(SETTINGS, (1, 1, 64, 2)):
         parser.add_argument(f"--{field}", type=int, default=default)
     parser.add_argument("--out", type=pathlib.Path, help="JSON file; the table and the plot go beside it")
@@ -218,7 +220,7 @@ def main() -> None:
     settings = {field: getattr(args, field) for field in SETTINGS}
     cells = read(args.out, settings)
     for name in args.mixers:
-        lengths = [length for length in args.lengths if cells.get((name, length), {}).get("status") != "ran"]
+        lengths = [n for n in args.lengths if args.again or cells.get((name, n), {}).get("status") != "ran"]
         for row in run_mixer(name, lengths, args) if lengths else ():
             cells[name, row["length"]] = row
             print(f"{name:20} {row['length']:6} {_number(row.get('ms')):>8} ms  {row['status']}", flush=True)

@@ -71,6 +71,8 @@ def test_cells_are_kept_and_only_missing_ones_run(tmp_path, monkeypatch, capsys)
     assert asked == [("identity", (32, 64)), ("softmax", (32, 64))]
     main("--lengths", "32", "64", "128")
     assert asked[2:] == [("identity", (128,)), ("softmax", (64, 128))]
+    main("--lengths", "32", "--again")
+    assert asked[4:] == [("identity", (32,)), ("softmax", (32,))]
     figures = json.loads(out.read_text())
     assert len(figures["rows"]) == 6 and figures["settings"] == dict(batch=1, depth=1, width=64, heads=2)
     assert out.with_suffix(".png").stat().st_size > 1000 and "`identity`" in out.with_suffix(".md").read_text()
