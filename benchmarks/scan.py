@@ -1,4 +1,4 @@
-"""Times every implementation of `linear_scan`: forward, and forward with all gradients, compiled, on this machine.
+"""Times the implementations of `linear_scan`: forward, and forward with all gradients, compiled, on this machine.
 
     python -m benchmarks.scan                                  prints a Markdown table
     python -m benchmarks.scan --out=results/cpu/scan.json      also writes the figures, with hardware and versions
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from benchmarks import harness
 from kernels.scan import linear_scan
-from kernels.scan.api import IMPLEMENTATIONS
+from kernels.scan.api import DEFAULT_PREFERENCE, IMPLEMENTATIONS
 
 # name: (B, L, N, dtype, time-invariant)
 SHAPES = {
@@ -65,7 +65,7 @@ def measure(shape: tuple, repeats: int, names: list[str]) -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=SHAPES)
-    parser.add_argument("--implementations", nargs="+", default=list(IMPLEMENTATIONS), choices=IMPLEMENTATIONS)
+    parser.add_argument("--implementations", nargs="+", default=DEFAULT_PREFERENCE, choices=IMPLEMENTATIONS)
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--out", help="write the figures to this JSON file")
     args = parser.parse_args()

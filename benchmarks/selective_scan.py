@@ -3,11 +3,12 @@
     python -m benchmarks.selective_scan                                  prints a Markdown table
     python -m benchmarks.selective_scan --mambapy=PYTHON --out=results/cpu/selective_scan.json
 
-One sequence, 512 channels of 16 states, as in the Mamba paper's benchmark (Gu & Dao 2023, section 4.5). Contestants: every
-implementation of ours, and PyTorch's mambapy with its parallel scan, if `--mambapy` names a Python that can import torch and
-mambapy (benchmarks/mambapy_worker.py runs there, on the same number of threads). They take turns (A B C A B C ...), so that a
-change in the machine's load meets all of them; the figure is the median over the turns, `best` the smallest. Temporary memory
-is what XLA's compiled program says it allocates; a process's peak is not comparable, so mambapy has none here.
+One sequence, 512 channels of 16 states, as in the Mamba paper's benchmark (Gu & Dao 2023, section 4.5). Contestants: our
+implementations (those written for a GPU by name only), and PyTorch's mambapy with its parallel scan, if `--mambapy` names a
+Python that can import torch and mambapy (benchmarks/mambapy_worker.py runs there, on the same number of threads). They take
+turns (A B C A B C ...), so that a change in the machine's load meets all of them; the figure is the median over the turns,
+`best` the smallest. Temporary memory is what XLA's compiled program says it allocates; a process's peak is not comparable, so
+mambapy has none here.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from benchmarks import harness
 from efficient_attn.mixers import Context
 from efficient_attn.mixers.mamba import Mamba
 from kernels.scan import selective_scan
-from kernels.scan.selective import IMPLEMENTATIONS
+from kernels.scan.selective import IMPLEMENTATIONS, PREFERENCE
 
 WIDTH, EXPAND, STATES = 256, 2, 16
 WHAT = ("scan", "block")
@@ -109,7 +110,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--what", nargs="+", default=list(WHAT), choices=WHAT)
     parser.add_argument("--lengths", nargs="+", type=int, default=[1024, 4096, 16384])
-    parser.add_argument("--implementations", nargs="+", default=list(IMPLEMENTATIONS), choices=IMPLEMENTATIONS)
+    parser.add_argument("--implementations", nargs="+", default=PREFERENCE, choices=IMPLEMENTATIONS)
     parser.add_argument("--mambapy", help="a Python with torch and mambapy")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of the mambapy worker")
     parser.add_argument("--repeats", type=int, default=5)

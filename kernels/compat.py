@@ -1,12 +1,15 @@
-"""The only file that knows which JAX version is running: what the Pallas kernels need that differs between 0.10 and 0.12.
+"""The only file that knows which JAX version is running: what the GPU kernels need that differs between 0.10 and 0.12.
 
 Pallas's Triton backend is deprecated since JAX 0.11 and still there in 0.12. Without compiler parameters, `pl.pallas_call` goes
 to Mosaic GPU on 0.10 and to Triton from 0.11 on; so every call here states them.
 """
 
 import contextlib
+import inspect
 import re
 import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 from jax.experimental.pallas import triton
@@ -20,6 +23,14 @@ warnings.filterwarnings("ignore", message=re.escape("The Pallas Triton backend i
 def triton_params(num_warps: int, num_stages: int) -> triton.CompilerParams:
     """What makes `pl.pallas_call` compile through Triton: warps of a program, and stages of its loads' software pipeline."""
     return triton.CompilerParams(num_warps=num_warps, num_stages=num_stages)
+
+
+def triton_call(kernel: Callable, *arrays: jax.Array, out: Sequence[jax.ShapeDtypeStruct], **options: Any) -> list[jax.Array]:
+    """Run a kernel in Triton's language through jax-triton, whose 0.4 calls `out_type` what was `out_shape`."""
+    import jax_triton
+
+    name = "out_type" if "out_type" in inspect.signature(jax_triton.triton_call).parameters else "out_shape"
+    return list(jax_triton.triton_call(*arrays, kernel=kernel, **{name: list(out)}, **options))
 
 
 def abstract_gpu() -> contextlib.AbstractContextManager:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Inexact
 
 from kernels.dispatch import Choice, Implementation, choose
-from kernels.scan import associative, chunked, reference
+from kernels.scan import associative, chunked, portable, reference
 from kernels.scan.adjoint import scan_with_adjoint
 
 
@@ -42,6 +42,11 @@ IMPLEMENTATIONS = {
     "reference": Implementation(_reference, _anything, "lax.scan, one step after another: the specification"),
     "associative": Implementation(_with_adjoint(associative.scan), _anything, "lax.associative_scan: O(log L) dependent steps"),
     "chunked": Implementation(_with_adjoint(chunked.scan), _anything, "two passes over unrolled chunks"),
+    "portable": Implementation(
+        _with_adjoint(portable.scan),
+        portable.why_not,
+        "a Pallas kernel with the state in registers, compiled on a GPU and interpreted on a CPU",
+    ),
 }
 # Fastest first, as benchmarks/scan.py measures it. Nothing is measured on a platform that is not listed: it takes the default.
 PREFERENCE = {"cpu": ("chunked", "reference", "associative")}

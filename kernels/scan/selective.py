@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from kernels.dispatch import Choice, Implementation, choose
-from kernels.scan import selective_chunked, selective_reference
+from kernels.scan import selective_chunked, selective_portable, selective_reference, triton
 from kernels.scan.selective_reference import Inputs, keeps
 
 
@@ -47,9 +47,18 @@ IMPLEMENTATIONS = {
     "chunked": Implementation(
         _compiled(selective_chunked.scan), _anything, "states kept every 32 steps and computed again between"
     ),
+    "portable": Implementation(
+        _compiled(selective_portable.scan),
+        selective_portable.why_not,
+        "Pallas kernels with the states in registers, compiled on a GPU and interpreted on a CPU",
+    ),
+    "triton": Implementation(
+        _compiled(triton.scan), triton.why_not, "Triton kernels through jax-triton, parallel in time inside chunks of 16 steps"
+    ),
 }
 # Fastest first, as benchmarks/selective_scan.py measures it on CPUs. Elsewhere nothing is measured: the first is the one that
-# never holds L x E x N states.
+# never holds L x E x N states. A GPU kernel enters with a passing numerics file of that kind of device, and until then runs only
+# by name.
 PREFERENCE = ("chunked", "reference", "associative")
 
 

@@ -6,11 +6,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from kernels import attention, compat, offline
+from kernels import attention, compat
 from kernels.attention import Dropout, biases, masks
 from kernels.attention.api import _call
 from kernels.attention.portable import attend
 from kernels.attention.portable.tiling import BLOCKS, FLOAT32_BLOCKS
+from kernels.offline import attention as offline
+from kernels.offline import scan as offline_scan
+from kernels.offline.compiler import requested_bytes, triton_calls
 
 
 @pytest.mark.parametrize("name", offline.PASSES)
@@ -20,7 +23,7 @@ def test_every_kernel_of_the_block_table_lowers_to_triton(name):
     for kernel in kernels:
         lowered = offline.lower(kernel, length=1024)
         assert compat.TRITON_CALL in lowered.as_text()
-        [call] = offline.triton_calls(lowered)
+        [call] = triton_calls(lowered)
         assert call.name == f"attention_{name}" and call.ttir.count("tt.dot") >= 2
         assert (call.num_warps, call.num_stages) == (kernel.blocks.warps, kernel.blocks.stages)
         total, visited = offline.tiles(kernel, length=2048)
@@ -80,7 +83,7 @@ def test_every_feature_lowers_forward_and_backward(options, dtype, kernels):
     gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))
     with compat.abstract_gpu():
         lowered = gradient.trace(q, kv, kv, *(options.get(name) for name in names)).lower(lowering_platforms=("cuda",))
-    assert len(offline.triton_calls(lowered)) == kernels
+    assert len(triton_calls(lowered)) == kernels
 
 
 def test_every_bias_that_gathers_says_so():
@@ -115,3 +118,41 @@ def test_problems_name_what_a_compiled_kernel_must_not_do():
 def test_attend_chooses_nothing_unmeasured():
     x = array(1, 64, 2, 64)
     assert attention.explain(x, x, x).name != "portable"
+
+
+PALLAS = [kernel for kernel in offline_scan.kernels() if kernel.implementation == "portable"]
+
+
+@pytest.mark.parametrize("kernel", PALLAS, ids=lambda k: f"{k.name}-{k.dtype}-{k.states}-{k.options}")
+def test_every_scan_lowers_and_moves_the_bytes_that_are_counted(kernel):
+    """The count is of the loads and stores in the lowered kernel, at another size than the report's."""
+    [call] = triton_calls(offline_scan.lower(kernel, batch=2, length=64))
+    assert call.name in ("linear_scan", f"selective_scan_{kernel.name}")
+    assert "tt.reduce" in call.ttir or kernel.name.startswith("linear")
+    if kernel.name in ("forward", "backward"):
+        assert requested_bytes(call) == offline_scan.traffic(kernel, batch=2, length=64)["requested"]
+
+
+def test_scans_move_little_more_than_the_ideal():
+    """For Mamba's 16 states, all of the pass: inputs, outputs and kept states once, and what blocks of channels share."""
+    rows = [offline_scan.report(kernel, compiled=False) for kernel in PALLAS if kernel.options == "all"]
+    ratios = {(row["name"], row["dtype"], row["states"]): row["ratio"] for row in rows}
+    assert all(1 < ratios[name, dtype, 16] <= 1.3 for name in ("forward", "backward") for dtype in ("bfloat16", "float32"))
+    assert not offline_scan.problems(rows)
+
+
+def test_problems_name_a_scan_that_spills_or_moves_too_much():
+    good = dataclasses.asdict(offline_scan.Kernel("backward", "bfloat16", 16, "all")) | {"ratio": 1.2}
+    good |= {"spilled_bytes": 0, "shared_bytes": 512}
+    assert offline_scan.problems([good, good | {"options": "bare", "ratio": 1.4}, good | {"states": 64, "ratio": 2.0}]) == []
+    bad = good | {"spilled_bytes": 24}, good | {"ratio": 1.31}, good | {"shared_bytes": 2**18}
+    for row, words in zip(bad, ("spills 24 bytes", "moves 1.31 times the ideal", "262144 bytes of shared memory")):
+        [problem] = offline_scan.problems([row])
+        assert problem.startswith("portable backward of 16 states, bfloat16, all") and words in problem
+
+
+def test_bytes_of_a_loop_whose_bounds_depend_on_data_are_refused():
+    with pytest.raises(ValueError, match="only loops of constant bounds have countable bytes"):
+        requested_bytes(
+            triton_calls(offline.lower(offline.Kernel("forward", "bfloat16", 64, BLOCKS["forward"][64], "causal")))[0]
+        )

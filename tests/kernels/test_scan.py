@@ -84,6 +84,8 @@ CASES = [
     (63, True, False, False, True),
     (65, False, False, True, True),
     (65, True, True, True, True),
+    (1000, True, False, True, False),
+    (16384, False, False, True, False),
 ]
 
 
