@@ -237,7 +237,7 @@ def session_is_empty(leader: int) -> bool:
 
 @pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGINT])
 def test_interrupted_program_resumes(tmp_path, kill):
-    program = start(tmp_path, seconds=0.4)
+    program = start(tmp_path, seconds=1.2)
     wait_for(lambda: all_but_one_shard(tmp_path / "toy"))
     if kill == signal.SIGINT:  # a terminal sends it to every process of the foreground group; here the parent gets it late
         (unfinished,) = (tmp_path / "toy").glob("incomplete.*")
