@@ -34,6 +34,7 @@ from efficient_attn.mixers.linformer import Linformer
 from efficient_attn.mixers.local import BlockLocal, Local
 from efficient_attn.mixers.longformer import Longformer
 from efficient_attn.mixers.lru import LRU
+from efficient_attn.mixers.luna import REFUSES_DOCUMENTS as LUNA_DOCUMENTS
 from efficient_attn.mixers.luna import Luna
 from efficient_attn.mixers.mamba import Mamba
 from efficient_attn.mixers.mamba2 import Mamba2
@@ -76,6 +77,7 @@ class Entry:
         tokens decide otherwise.
     by_fft: it convolves by FFT, whose rounding reaches every position: causal but for that.
     refuses_documents: why packed documents (segment_ids) are an error; "" where they are kept apart.
+    bidirectional_refuses_documents: the same of the bidirectional form alone, of a mechanism that keeps them apart when causal.
     recall: how far above chance two layers get on associative recall in the contract test's short training,
         or the reason why the mechanism cannot.
     """
@@ -89,6 +91,7 @@ class Entry:
     content_based: bool = False
     by_fft: bool = False
     refuses_documents: str = ""
+    bidirectional_refuses_documents: str = ""
     recall: float | str = "not measured"
     function: Callable | None = None
 
@@ -188,7 +191,7 @@ MIXERS: Mapping[str, Entry] = {
     ),
     "rfa": Entry(RFA, cost="L num_features", recall=_SUMS),
     "rfa_gate": Entry(GatedRFA, cost="L num_features", bidirectional=False, recall=_SUMS),
-    "luna": Entry(Luna, cost="L packed_length", recall=_SUMS),
+    "luna": Entry(Luna, cost="L packed_length", bidirectional_refuses_documents=LUNA_DOCUMENTS, recall=_SUMS),
     "scatterbrain": Entry(
         Scatterbrain, cost="L (block_size + num_features)", decode=False, refuses_documents=SCATTERBRAIN_DOCUMENTS, recall=_SUMS
     ),
@@ -205,6 +208,7 @@ MIXERS: Mapping[str, Entry] = {
         cost="L num_landmarks",
         causal=False,
         decode=False,
+        length_dependent=True,
         refuses_documents=NYSTROM_DOCUMENTS,
         recall=_BIDIRECTIONAL,
     ),

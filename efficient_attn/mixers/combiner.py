@@ -267,8 +267,7 @@ class Combiner(DecodesAnew):
     The logit of part r is q_i . k_r / sqrt(D) beside those of single tokens in one softmax; inside a part, attention is that of
     q_r, whatever i is. q_r and k_r are maxima over the part. Every token gets weight, and parts of one token make it exact.
 
-    factorisation: one of `FACTORISATIONS`; layers or heads that differ (the paper's mixture) are a
-        tuple of mixer dicts.
+    factorisation: one of `FACTORISATIONS`; layers that differ are a tuple of mixer dicts.
     size: tokens of a block ("fixed") or a row ("axial_..."); about sqrt(L) is cheapest. No part of "logsparse".
 
     The paper's second kind of summary (DSA, a local attention layer before the maximum) is left out. Keys and values of fewer

@@ -82,7 +82,8 @@ def nystrom(
 
     Landmarks Q~ and K~ are means of queries and of keys over m runs of real tokens, as even as can be: those of a padded row
     are those of the row alone (in the released code padding counts as zeros, and m divides the length). A row of fewer than m
-    real tokens has one landmark each. At most m positions are attended exactly, without landmarks.
+    real tokens has one landmark each. At most m positions, padding among them, are attended exactly, without landmarks; so a
+    short row padded beyond m differs from the row alone by what the pseudo-inverse is off.
 
     mask: True at real tokens. scale: of scores; None is 1 / sqrt(D). implementation: of `kernels.attention.attend`.
     iterations, init: of `pseudo_inverse`.

@@ -28,7 +28,7 @@ def similarities(x: Float[Array, "B L H D"], centroids: Float[Array, "H K D"]) -
 def members(
     x: Float[Array, "B L H D"], centroids: Float[Array, "H K D"], size: int, mask: Bool[Array, "B L"] | None = None
 ) -> Int[Array, "B H K w"]:
-    """The `size` tokens nearest to each centroid, in the order of their positions; padding comes last."""
+    """The `size` tokens nearest to each centroid, in the order of their positions; padding where real ones do not suffice."""
     near = similarities(jax.lax.stop_gradient(x), centroids)
     near = near if mask is None else jnp.where(mask[:, None, None], near, -jnp.inf)
     return jnp.sort(jax.lax.top_k(near, size)[1], axis=-1)

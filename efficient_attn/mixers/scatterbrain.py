@@ -33,13 +33,16 @@ def scatterbrain(
     This is phi(Q) phi(K)^T + S with the sparse S of equation 2, computed without its differences: exact attention over the
     support and a sum of features over the rest are merged by their log-sum-exps. Unbiased before the division.
 
-    The support is in blocks of positions: a token's own, `look_back` before it and `look_ahead` after it; 0 and -1 leave none.
+    The support is in blocks of positions: a token's own, `look_back` before it and `look_ahead` after it. Bidirectional, 0 and -1
+    leave none; the causal form ignores `look_ahead` and always has a token's own block.
     Sums of features over what lies before and after these blocks come from sums over whole ones, [L / block_size, H, P + 1, M].
 
     mask: False at keys that nothing reads. projection: of `positive_features`. implementation: of `kernels.attention.attend`.
     """
+    if causal and look_back < 0:
+        raise ValueError(f"scatterbrain: look_back={look_back} with causal=True; at least 0, the own block, is needed")
     parts = [_far(q, k, v, projection, block_size, look_back, -1 if causal else look_ahead, causal, mask)]
-    if look_back + look_ahead >= 0:
+    if causal or look_back + look_ahead >= 0:
         near = masks.BlockLocal(block_size, look_back, 0 if causal else look_ahead)
         near = masks.Causal() & near if causal else near
         groups = None if mask is None else mask.astype(jnp.int32)

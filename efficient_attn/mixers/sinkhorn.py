@@ -118,7 +118,7 @@ class Sinkhorn(ContentAttention):
         self.check(ctx, block_size=b, iterations=self.iterations)
         if ctx.segment_ids is not None:
             raise ValueError(REFUSES_DOCUMENTS)
-        if max(L, 1) > self.max_length:
+        if self.max_length < L:
             raise ValueError(f"sinkhorn: a sequence of {L} positions is longer than max_length={self.max_length}")
         if not self.temperature > 0:
             raise ConfigError(f"sinkhorn: temperature={self.temperature} must be more than 0")

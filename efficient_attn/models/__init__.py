@@ -58,6 +58,8 @@ def build(model: Mapping[str, Any], task: Task) -> nn.Module:
         routings = [moe.routing(experts) for experts in by_depth(arguments["experts"], arguments["depth"], "model.experts")]
         if any(routings) and not arguments.get("feed_forward_width"):
             raise ConfigError("model.experts makes mixtures of feed-forward networks: set model.feed_forward_width")
+        if any(routings) and arguments.get("feed_forward_chunk"):
+            raise ConfigError("model.feed_forward_chunk goes with no model.experts: mixtures route all positions together")
     for field, table in TABLES.items():
         if field in arguments:
             lookup(table, arguments[field], f"model.{field}")

@@ -3,7 +3,8 @@
     python -m efficient_attn.reporting.lengths --workdirs=runs/a-s0,runs/a-s1,runs/b-s0 --lengths=32,64,128 --out=results/lengths
 
 Every run's best checkpoint is scored on test splits that its task draws at each length, all else as in training. Writes OUT.json
-(every score, with step, seed and configuration) and OUT.png (mean over the seeds of a recipe, and the range), and prints a table.
+(every score, with the run's step, seed, arguments, commit and device) and OUT.png (mean over the seeds of a recipe, and the range),
+and prints a table.
 """
 
 import copy
@@ -31,7 +32,8 @@ def score(folder: pathlib.Path, lengths: Sequence[int]) -> list[Row]:
     """
     if not (folder / "run.json").exists():
         raise workdir.WorkdirError(f"{folder} holds no run (no run.json)")
-    config = workdir.read_json(folder / "run.json")["config"]
+    run = workdir.read_json(folder / "run.json")
+    config = run["config"]
     trained = make_plan(config)
     rows = []
     for length in lengths:
@@ -41,8 +43,9 @@ def score(folder: pathlib.Path, lengths: Sequence[int]) -> list[Row]:
         if jax.tree.map(lambda x: x.shape, plan.state) != jax.tree.map(lambda x: x.shape, trained.state):
             raise workdir.WorkdirError(f"{folder}: the model's parameters depend on the length; it has none for {length}")
         result = evaluation.score_best(plan, folder)
-        run = {"name": config["name"], "recipe": config["recipe"], "seed": config["seed"], "trained_at": trained.task.length}
-        rows.append({**run, "length": length, "step": result["step"], plan.task.metric: result[f"test_{plan.task.metric}"]})
+        row = {key: config[key] for key in ("name", "recipe", "seed")} | {"trained_at": trained.task.length, "length": length}
+        row |= {"step": result["step"], plan.task.metric: result[f"test_{plan.task.metric}"]}
+        rows.append(row | {key: run[key] for key in ("commit", "device_kind", "cpu")} | {"arguments": run["argv"][1:]})
     return rows
 
 
@@ -94,6 +97,9 @@ def main() -> None:
     folders = [pathlib.Path(name) for name in flags.FLAGS.workdirs]
     out = pathlib.Path(flags.FLAGS.out)
     rows = [row for folder in folders for row in score(folder, [int(length) for length in flags.FLAGS.lengths])]
+    scored = [(row["recipe"], row["seed"], row["length"]) for row in rows]
+    if len(set(scored)) < len(scored):
+        raise workdir.WorkdirError("two of the runs have one recipe and one seed: a mean over them would not be over seeds")
     names = {row["name"] for row in rows}
     if len(names) > 1:
         raise workdir.WorkdirError(f"the runs are of several configurations, {', '.join(sorted(names))}: score them apart")
@@ -102,8 +108,7 @@ def main() -> None:
     figure = out.with_name(f"{out.name}.png")
     draw(rows, task.metric, task.floors if task.metric == "accuracy" else {}, figure)
     command = "python -m efficient_attn.reporting.lengths " + " ".join(sys.argv[1:])
-    on = {key: run[key] for key in ("cpu", "cores", "device_kind", "versions", "commit")}
-    workdir.write_json(out.with_name(f"{out.name}.json"), {"command": command, "trained_on": on, "rows": rows})
+    workdir.write_json(out.with_name(f"{out.name}.json"), {"command": command, "rows": rows})
     print(markdown(by_recipe(rows, task.metric)))
     print(figure)
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Shaped
+from jaxtyping import Array, Int, Shaped
 
 from kernels.attention import masks
 from kernels.attention.call import Call
@@ -57,7 +57,7 @@ def parts(call: Call) -> tuple[Call, Call, int]:
     q_segments, kv_segments = call.q_segments, call.kv_segments
     if q_segments is None and call.q.shape[1] % stride:
         q_segments = kv_segments = jnp.zeros(call.q.shape[:2], jnp.int32)
-    of_no_query = None if q_segments is None else q_segments.min() - 1
+    of_no_query = None if q_segments is None else _absent(q_segments)
     by_class = dataclasses.replace(
         call,
         **{name: fold(getattr(call, name), stride) for name in ("q", "k", "v")},
@@ -66,6 +66,12 @@ def parts(call: Call) -> tuple[Call, Call, int]:
         mask=strided,
     )
     return dataclasses.replace(call, mask=rest), by_class, stride
+
+
+def _absent(ids: Int[Array, "B L"]) -> Int[Array, ""]:
+    """An id that is none of these."""
+    low, high = ids.min(), ids.max()
+    return jnp.where(low > jnp.iinfo(ids.dtype).min, low - 1, high + 1)
 
 
 def _by_mask(call: Call, of_head: tuple[Mask, ...], in_order: Callable[[Call], Part]) -> Part:

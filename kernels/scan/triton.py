@@ -1,6 +1,7 @@
 """Launches the selective scan's Triton kernels through jax-triton, on an NVIDIA GPU; nothing else here needs one, or Triton.
 
-The arithmetic is that of `selective_portable`; inside a chunk of K steps it is parallel in time. jax-triton has no rule for vmap.
+The formulas are those of `selective_portable`; inside a chunk of K steps they are parallel in time, and the backward pass has
+a_t h_{t-1} as h_t less what step t wrote, exact to the rounding of h_t. jax-triton has no rule for vmap.
 """
 
 import functools

@@ -17,7 +17,7 @@ def run_folder(folder, recipe: str, seed: int):
     config = synthetic_recall.get_config(recipe)
     config.seed = seed
     folder.mkdir()
-    run = {"config": normal_form(config), "cpu": "a cpu", "cores": 2, "device_kind": "cpu", "versions": {}, "commit": "none"}
+    run = {"config": normal_form(config), "cpu": "a cpu", "device_kind": "cpu", "argv": ["train.py"], "commit": "none"}
     workdir.write_json(folder / "run.json", run)
     return folder
 
