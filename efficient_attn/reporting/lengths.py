@@ -3,8 +3,8 @@
     python -m efficient_attn.reporting.lengths --workdirs=runs/a-s0,runs/a-s1,runs/b-s0 --lengths=32,64,128 --out=results/lengths
 
 Every run's best checkpoint is scored on test splits that its task draws at each length, all else as in training. Writes OUT.json
-(every score, with the run's step, seed, arguments, commit and device) and OUT.png (mean over the seeds of a recipe, and the range),
-and prints a table.
+(every score, with the run's step, seed, arguments, commit and device) and OUT.png (mean over the seeds of a recipe, and their
+range), and prints a table.
 """
 
 import copy

@@ -374,16 +374,12 @@ def test_explain_names_the_choice_and_the_reasons():
     assert explain(x, x, x, implementation="xla").name == "xla"
 
 
-def zeros(*shape, dtype=jnp.float32):
-    return jnp.zeros(shape, dtype)
-
-
-X = zeros(2, 5, 4, 8)
+X = jnp.zeros((2, 5, 4, 8))
 BAD = {
-    "heads": ((X, zeros(2, 5, 3, 8), zeros(2, 5, 3, 8)), {}, "4 query heads must be a multiple of the 3"),
+    "heads": ((X, jnp.zeros((2, 5, 3, 8)), jnp.zeros((2, 5, 3, 8))), {}, "4 query heads must be a multiple of the 3"),
     "types": ((X, X.astype(jnp.bfloat16), X), {}, "k bfloat16, v float32: all three must have one floating type"),
-    "no keys": ((X, zeros(2, 0, 4, 8), zeros(2, 0, 4, 8)), {}, "at least one query and one key"),
-    "bias": ((X, X, X), {"bias": biases.Dense(zeros(1, 3, 5, 5))}, r"Dense has shape \(1, 3, 5, 5\)"),
+    "no keys": ((X, jnp.zeros((2, 0, 4, 8)), jnp.zeros((2, 0, 4, 8))), {}, "at least one query and one key"),
+    "bias": ((X, X, X), {"bias": biases.Dense(jnp.zeros((1, 3, 5, 5)))}, r"Dense has shape \(1, 3, 5, 5\)"),
     "soft-cap": ((X, X, X), {"softcap": 0.0}, "softcap=0.0; give a positive number"),
     "unknown": ((X, X, X), {"implementation": "flash"}, "'flash' does not exist; use one of"),
     "cannot": ((X, X, X), {"implementation": "xla", "softcap": 1.0}, "cannot run this call: it has no soft-cap; able: "),
