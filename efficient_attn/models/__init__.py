@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from efficient_attn.arguments import ConfigError, check_arguments, lookup
+from efficient_attn.mixers import MIXERS
 from efficient_attn.models import moe
 from efficient_attn.models.blocks import NORMS, POOLINGS, REMAT_POLICIES
 from efficient_attn.models.decoder import LanguageModel
@@ -48,6 +49,9 @@ def build(model: Mapping[str, Any], task: Task) -> nn.Module:
         return model_class(**arguments, **from_task, dtype=dtype)
     mixers = mixers_by_depth(arguments["mixer"], arguments["depth"])
     if task.head == "lm" and not all(m.get("causal") for m in mixers):
+        without = [m["name"] for m in mixers if not lookup(MIXERS, m.get("name"), "model.mixer.name").causal]
+        if without:
+            raise ConfigError(f"a language model needs causal mixers, and {without[0]!r} has no causal form")
         raise ConfigError("a language model needs causal mixers: set causal=True in model.mixer")
     if arguments.get("pooling") == "cls" and any(m.get("causal") for m in mixers):
         raise ConfigError("model.pooling='cls' reads the first position, which causal mixers tell nothing; use 'mean' or 'last'")

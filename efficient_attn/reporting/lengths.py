@@ -19,6 +19,7 @@ from absl import flags
 from matplotlib.figure import Figure
 
 from efficient_attn import cli, evaluation, workdir
+from efficient_attn.arguments import ConfigError
 from efficient_attn.plan import make_plan
 from efficient_attn.reporting import figures
 
@@ -96,7 +97,9 @@ def draw(rows: Sequence[Row], metric: str, floors: Mapping[str, float], out: pat
 def main() -> None:
     folders = [pathlib.Path(name) for name in flags.FLAGS.workdirs]
     out = pathlib.Path(flags.FLAGS.out)
-    rows = [row for folder in folders for row in score(folder, [int(length) for length in flags.FLAGS.lengths])]
+    if not all(length.isdecimal() for length in flags.FLAGS.lengths):
+        raise ConfigError(f"--lengths={','.join(flags.FLAGS.lengths)}: give whole numbers with commas between them")
+    rows = [row for folder in folders for row in score(folder, list(map(int, flags.FLAGS.lengths)))]
     scored = [(row["recipe"], row["seed"], row["length"]) for row in rows]
     if len(set(scored)) < len(scored):
         raise workdir.WorkdirError("two of the runs have one recipe and one seed: a mean over them would not be over seeds")

@@ -156,6 +156,9 @@ def explain_selective(
 
 def _check(u, A, by_group, like_u, by_channel, h0) -> None:
     batch, length, channels = u.shape
+    for name, x in {"u": u, "A": A, "h0": h0, **by_group, **like_u, **by_channel}.items():
+        if x is not None and not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(f"selective_scan: {name} is {x.dtype}; a floating type is expected")
     if length == 0:
         raise ValueError(f"selective_scan: u {u.shape} has length 0; at least one step is needed")
     if A.ndim != 2 or A.shape[0] != channels:

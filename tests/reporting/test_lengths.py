@@ -2,6 +2,8 @@
 
 import json
 import statistics
+import subprocess
+import sys
 
 import pytest
 from matplotlib.figure import Figure
@@ -65,3 +67,16 @@ def test_folders_without_a_run_are_refused(tmp_path):
 def test_figures_are_png_or_an_error(tmp_path):
     with pytest.raises(workdir.WorkdirError, match=r"should end in \.png"):
         figures.save(Figure(), tmp_path / "out.pdf")
+
+
+def test_lengths_are_whole_numbers(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "efficient_attn.reporting.lengths",
+        "--workdirs=a",
+        "--lengths=32,x",
+        f"--out={tmp_path / 'out'}",
+    ]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert run.returncode == 2 and "--lengths=32,x: give whole numbers" in run.stderr and "Traceback" not in run.stderr

@@ -213,6 +213,7 @@ def start(folder: pathlib.Path, seconds: float) -> subprocess.Popen:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs inherit that it is ignored
     )
 
 
@@ -237,7 +238,7 @@ def session_is_empty(leader: int) -> bool:
 
 @pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGINT])
 def test_interrupted_program_resumes(tmp_path, kill):
-    program = start(tmp_path, seconds=1.2)
+    program = start(tmp_path, seconds=0.4)
     wait_for(lambda: all_but_one_shard(tmp_path / "toy"))
     if kill == signal.SIGINT:  # a terminal sends it to every process of the foreground group; here the parent gets it late
         (unfinished,) = (tmp_path / "toy").glob("incomplete.*")
