@@ -190,7 +190,8 @@ def test_workers_do_not_import_jax(tmp_path):
 # Programs of their own, to be interrupted.
 
 PROGRAM = """
-import functools, pathlib, sys
+import functools, pathlib, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background inherits that it is ignored
 open("imports", "a").write(__name__ + " ")
 from efficient_attn.tasks import records
 import test_records as t
@@ -213,7 +214,6 @@ def start(folder: pathlib.Path, seconds: float) -> subprocess.Popen:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs inherit that it is ignored
     )
 
 
