@@ -10,11 +10,8 @@ meets all of them. `slower than chunked` is the ratio within a turn, its median 
 
 import argparse
 import functools
-import json
 import os
-import pathlib
 import statistics
-import subprocess
 
 import jax
 import jax.numpy as jnp
@@ -24,27 +21,6 @@ from kernels.attention import attend, masks
 from kernels.attention.api import IMPLEMENTATIONS
 
 HEADS, HEAD_DIM = 8, 64
-
-
-class Torch:
-    """The worker process, asked for one pass at a time."""
-
-    def __init__(self, python: str, threads: int):
-        worker = pathlib.Path(__file__).with_name("torch_attention_worker.py")
-        command = [python, str(worker), str(threads), str(HEADS), str(HEAD_DIM)]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.versions = self._answer()
-
-    def run(self, which: str, length: int) -> None:
-        """One pass, "forward" or "forward+backward"."""
-        print(json.dumps([which, length]), file=self._process.stdin, flush=True)
-        self._answer()
-
-    def _answer(self):
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"the PyTorch worker ended with code {self._process.wait()}; its own message is above")
-        return json.loads(line)
 
 
 def compiled(name: str, which: str):
@@ -60,7 +36,7 @@ def compiled(name: str, which: str):
     return jax.jit(forward if which == "forward" else with_gradients)
 
 
-def measure(which: str, length: int, names: list[str], torch: Torch | None, repeats: int) -> list[dict]:
+def measure(which: str, length: int, names: list[str], torch: harness.Peer | None, repeats: int) -> list[dict]:
     """One row for each contestant."""
     arguments = jax.random.normal(jax.random.key(0), (4, 1, length, HEADS, HEAD_DIM), jnp.float32)
     runs = {name: functools.partial(compiled(name, which), *arguments) for name in names}
@@ -94,7 +70,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", help="write the figures to this JSON file")
     args = parser.parse_args()
-    torch = Torch(args.torch_python, args.threads) if args.torch_python else None
+    torch = (
+        harness.Peer(args.torch_python, "torch_attention_worker.py", args.threads, HEADS, HEAD_DIM) if args.torch_python else None
+    )
     versions = "left out: --torch_python names no Python to run it with" if torch is None else torch.versions
     print(f"PyTorch: {versions}")
     rows = []

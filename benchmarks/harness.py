@@ -42,6 +42,30 @@ def ratio(times: Sequence[float], baseline: Sequence[float]) -> dict[str, float]
     return {"median": median, "low": low, "high": high}
 
 
+class Peer:
+    """A process of another Python that runs a worker script of this folder, asked for one pass at a time.
+
+    The script gets `arguments`, prints its versions as a line of JSON, and answers every line of JSON that it is given.
+    """
+
+    def __init__(self, python: str, script: str, *arguments: int):
+        command = [python, str(pathlib.Path(__file__).with_name(script)), *map(str, arguments)]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._script = script
+        self.versions = self._answer()
+
+    def run(self, what: str, length: int) -> None:
+        """One pass."""
+        print(json.dumps([what, length]), file=self._process.stdin, flush=True)
+        self._answer()
+
+    def _answer(self):
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{self._script} ended with code {self._process.wait()}; its own message is above")
+        return json.loads(line)
+
+
 def environment() -> dict[str, Any]:
     """What the figures were measured on."""
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)

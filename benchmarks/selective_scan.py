@@ -12,11 +12,8 @@ mambapy has none here.
 """
 
 import argparse
-import json
 import os
-import pathlib
 import statistics
-import subprocess
 
 import jax
 import jax.numpy as jnp
@@ -64,28 +61,7 @@ def compiled(what: str, name: str, length: int):
     return lambda: program(arguments), program.memory_analysis().temp_size_in_bytes / 1e6
 
 
-class Mambapy:
-    """The worker process, asked for one pass at a time."""
-
-    def __init__(self, python: str, threads: int):
-        worker = pathlib.Path(__file__).with_name("mambapy_worker.py")
-        command = [python, str(worker), str(threads), str(WIDTH), str(EXPAND), str(STATES)]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.versions = self._answer()
-
-    def run(self, what: str, length: int) -> None:
-        """One forward and backward pass."""
-        print(json.dumps([what, length]), file=self._process.stdin, flush=True)
-        self._answer()
-
-    def _answer(self):
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"the mambapy worker ended with code {self._process.wait()}; its own message is above")
-        return json.loads(line)
-
-
-def measure(what: str, length: int, names: list[str], mambapy: Mambapy | None, repeats: int) -> list[dict]:
+def measure(what: str, length: int, names: list[str], mambapy: harness.Peer | None, repeats: int) -> list[dict]:
     """One row for each contestant at one length; `slower` is how many times longer than `chunked` it takes, turn by turn."""
     programs = {name: compiled(what, name, length) for name in names}
     runs = {name: run for name, (run, _) in programs.items()}
@@ -116,7 +92,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", help="write the figures to this JSON file")
     args = parser.parse_args()
-    mambapy = Mambapy(args.mambapy, args.threads) if args.mambapy else None
+    mambapy = harness.Peer(args.mambapy, "mambapy_worker.py", args.threads, WIDTH, EXPAND, STATES) if args.mambapy else None
     versions = "left out: --mambapy names no Python to run it with" if mambapy is None else mambapy.versions
     print(f"mambapy: {versions}")
     rows = []

@@ -20,3 +20,11 @@ ORACLE_DIR = pathlib.Path(os.environ.get("ORACLE_DIR", pathlib.Path(__file__).pa
 def oracle_dir() -> pathlib.Path:
     """Folder of `<case>.npz` and `<case>.json`; the environment variable ORACLE_DIR redirects it."""
     return ORACLE_DIR
+
+
+@pytest.fixture
+def quick_compile():
+    """Compile without most of XLA's optimisations, for tests of identities; those of rounding, memory and training do without."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

@@ -24,14 +24,6 @@ def attend(*args, **options):
 
 
 @pytest.fixture
-def quick_compile():
-    """Compile without most of XLA's optimisations, for tests of identities; those of rounding and memory do without this."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.fixture
 def small_tiles(monkeypatch):
     """Tiles of at most 16 x 32, so that short sequences have many."""
     monkeypatch.setattr(chunked, "TILE_SIZES", attention_cases.SMALL_TILES)

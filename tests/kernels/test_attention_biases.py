@@ -21,14 +21,6 @@ TOLERANCE = 1e-4  # the oracle folder's own, for another float32 implementation
 
 
 @pytest.fixture
-def quick_compile():
-    """Compile without most of XLA's optimisations, for tests of identities."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.fixture
 def small_tiles(monkeypatch):
     """Tiles of at most 16 x 32, so that short sequences have many."""
     monkeypatch.setattr(chunked, "TILE_SIZES", attention_cases.SMALL_TILES)

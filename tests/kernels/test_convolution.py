@@ -12,14 +12,6 @@ from kernels.convolution import fast_length, long_convolution, separable_convolu
 
 
 @pytest.fixture
-def quick_compile():
-    """Compile without most of XLA's optimisations, for tests of identities."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.fixture
 def x64(quick_compile):
     with jax.enable_x64(True):
         yield

@@ -26,14 +26,6 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(tiling, "_blocks", lambda name, dtype, head_size: BLOCKS[name])
 
 
-@pytest.fixture
-def quick_compile():
-    """Compile without most of XLA's optimisations, for tests of identities."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def gain_and_slope(score, q_pos, kv_pos, head, params):
     """One number for all heads, and one for each, which it looks up."""
     return score * (1 + params["gain"] ** 2) - params["slope"][head] * jnp.abs(q_pos - kv_pos)

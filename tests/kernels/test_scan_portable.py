@@ -18,13 +18,7 @@ from kernels.scan.selective import SelectiveSpec
 from kernels.scan.selective_blocks import Blocks, Plan, pad, shrink
 from kernels.scan.selective_reference import Inputs, keeps
 
-
-@pytest.fixture(autouse=True)
-def quick_compile():
-    """Compile without most of XLA's optimisations: these are tests of identities."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 @pytest.fixture

@@ -29,14 +29,6 @@ def single_steps(monkeypatch):
 
 
 @pytest.fixture
-def quick_compile():
-    """Compile without most of XLA's optimisations, for tests of identities; those of rounding and memory do without this."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.fixture
 def x64(quick_compile):
     with jax.enable_x64(True):
         yield

@@ -13,12 +13,7 @@ from kernels.attention import attend, masks
 B, L, H, D, E = 2, 17, 2, 3, 6
 
 
-@pytest.fixture(autouse=True)
-def quick_compile():
-    """Compile without most of XLA's optimisations."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 def definition(q, k, v, z, *, ramp, span, causal):

@@ -15,12 +15,7 @@ from kernels.attention import attend, masks, tiles
 B, H, D = 2, 2, 3
 
 
-@pytest.fixture(autouse=True)
-def quick_compile():
-    """Compile without most of XLA's optimisations."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 def walk(i: int, k: int, length: int) -> list[tuple[int, int, int, int]]:

@@ -15,12 +15,7 @@ from kernels.attention import Dropout, attend, masks
 B, H, G, D = 2, 4, 2, 3
 
 
-@pytest.fixture(autouse=True)
-def quick_compile():
-    """Compile without most of XLA's optimisations."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 def operands(length: int, seed: int = 0, dtype=np.float64):

@@ -15,12 +15,7 @@ from kernels.attention import attend
 TOLERANCE = 1e-4
 
 
-@pytest.fixture(autouse=True)
-def quick_compile():
-    """Compile without most of XLA's optimisations."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 CASES = ["full", "one_kv_head", "share_kv", "short"]

@@ -9,13 +9,7 @@ from efficient_attn.arguments import ConfigError
 from efficient_attn.mixers import Context, build, state_size
 from efficient_attn.mixers.luna import REFUSES_DOCUMENTS, causal_luna, packing_weights
 
-
-@pytest.fixture(autouse=True)
-def quick_compile():
-    """Compile without most of XLA's optimisations."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 def make(length=12, **arguments):

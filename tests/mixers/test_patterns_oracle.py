@@ -2,7 +2,6 @@
 
 import json
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,12 +14,7 @@ from kernels.attention import attend, masks
 TOLERANCE = 1e-4  # the oracle folder's own, for another float32 implementation
 
 
-@pytest.fixture(autouse=True)
-def quick_compile():
-    """Compile without most of XLA's optimisations."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 def load(oracle_dir, name: str):

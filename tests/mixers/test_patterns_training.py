@@ -32,14 +32,6 @@ CLASSIFIED = dict(name="listops", max_depth=2, max_args=3, min_length=4, max_len
 MODELLED = dict(name="multi_query_recall", length=16, vocab_size=20, num_pairs=2, num_examples=64)
 
 
-@pytest.fixture
-def quick_compile():
-    """Compile without most of XLA's optimisations."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.mark.parametrize("name", SMALL)
 def test_three_training_steps(quick_compile, name):
     """A language model where the mechanism has a causal form, else a classifier."""

@@ -28,12 +28,7 @@ TOLERANCE = {False: 1e-4, True: 2e-3}  # the oracle adds 1e-6 to causal sums of 
 DRAWS = 12_000
 
 
-@pytest.fixture(autouse=True)
-def quick_compile():
-    """Compile without most of XLA's optimisations."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 def load(oracle_dir):

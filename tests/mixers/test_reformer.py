@@ -18,12 +18,7 @@ SELF_ONLY = 0.03  # and for rows that see only themselves
 LSH = ["reformer_lsh_1hash_causal", "reformer_lsh_1hash_bidir", "reformer_lsh_4hash_causal"]
 
 
-@pytest.fixture(autouse=True)
-def quick_compile():
-    """Compile without most of XLA's optimisations."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 def load(oracle_dir, name: str):

@@ -14,12 +14,7 @@ from efficient_attn.mixers.rfa import fourier_features, normalised
 DRAWS = 12_000
 
 
-@pytest.fixture(autouse=True)
-def quick_compile():
-    """Compile without most of XLA's optimisations."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 def samples(one) -> np.ndarray:

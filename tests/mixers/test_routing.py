@@ -14,12 +14,7 @@ from efficient_attn.mixers.routing import commitment, members, routing_attention
 TOLERANCE = 1e-4  # the oracle folder's own, for another float32 implementation
 
 
-@pytest.fixture(autouse=True)
-def quick_compile():
-    """Compile without most of XLA's optimisations."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 @pytest.mark.parametrize("name", ["routing_kmeans_shared_causal", "routing_kmeans_qk_bidir"])

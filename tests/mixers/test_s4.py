@@ -18,13 +18,7 @@ from efficient_attn.mixers.ssm.discretise import dense_bilinear
 from efficient_attn.mixers.ssm.features import convolve, recur
 from efficient_attn.mixers.ssm.kernels import kernel
 
-
-@pytest.fixture(autouse=True)
-def quick_compile():
-    """Compile without most of XLA's optimisations: these are tests of identities."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 def initialise(module, width=3, length=9):

@@ -16,12 +16,7 @@ from kernels.attention import attend, masks
 EMPTY = dict(look_back=0, look_ahead=-1)
 
 
-@pytest.fixture(autouse=True)
-def quick_compile():
-    """Compile without most of XLA's optimisations."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 def qkv(length: int, dtype=jnp.float32):

@@ -10,13 +10,7 @@ from efficient_attn.mixers import Context, build
 from efficient_attn.mixers.scfa import Form, Tiles, scfa
 from kernels.attention import Dropout
 
-
-@pytest.fixture(autouse=True)
-def quick_compile():
-    """Compile without most of XLA's optimisations."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 def dense(q, k, v, hashes, *, causal, groups=None, kept=None):

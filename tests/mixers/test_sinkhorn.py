@@ -10,13 +10,7 @@ from efficient_attn.mixers import Context, build
 from efficient_attn.mixers.sinkhorn import allowed_blocks, sinkhorn, sinkhorn_attention
 from kernels.attention import attend, masks
 
-
-@pytest.fixture(autouse=True)
-def quick_compile():
-    """Compile without most of XLA's optimisations."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 def test_balanced_rows_and_columns_add_up_to_one():

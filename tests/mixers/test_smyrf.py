@@ -9,13 +9,7 @@ from efficient_attn.arguments import ConfigError
 from efficient_attn.mixers import Context, build
 from efficient_attn.mixers.smyrf import asymmetric, clusters, smyrf_attention
 
-
-@pytest.fixture(autouse=True)
-def quick_compile():
-    """Compile without most of XLA's optimisations."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 def draw(B, L, H, D, dtype=jnp.float32):

@@ -20,14 +20,6 @@ from kernels.convolution import long_convolution
 
 
 @pytest.fixture
-def quick_compile():
-    """Compile without most of XLA's optimisations, for tests of identities."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.fixture
 def x64(quick_compile):
     with jax.enable_x64(True):
         yield

@@ -55,14 +55,6 @@ def test_oracle(oracle_dir):
             np.testing.assert_allclose(x, arrays[f"out.grad.{name}.{part}"], rtol=0, atol=1e-4)
 
 
-@pytest.fixture
-def quick_compile():
-    """Compile without most of XLA's optimisations."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 class Stack(Trunk):
     """The layers alone."""
 

@@ -44,13 +44,6 @@ def run(fn, arguments):
     return jax.tree.leaves(jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3), has_aux=True))(*arguments))
 
 
-@pytest.fixture
-def quick_compile():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 SEGMENTS = jnp.array([[0] * 5 + [1] * 8, [0] * 12 + [-1]])
 GAPS = jnp.array([[0, 2, 3, 5, 9, 0, 1, 4, 5, 7, 8, 11, 20], [1, 3, 4, 5, 7, 8, 9, 10, 12, 15, 16, 19, 0]])
 TWO_HEADS_LOCAL = masks.PerHead((masks.Causal(), masks.Causal(), masks.Window(2), masks.Window(6)))
