@@ -8,6 +8,7 @@ from jaxtyping import Array, Bool, Float
 
 from efficient_attn.arguments import ConfigError, lookup
 from efficient_attn.mixers.attention import Attention
+from efficient_attn.mixers.blocks import in_blocks
 from efficient_attn.mixers.context import Context
 from kernels.attention import Dropout, attend
 
@@ -125,13 +126,13 @@ def learned(x: Float[Array, "B L G D"], mask: Bool[Array, "B L"], weights: Float
 
 
 def mean(x: Float[Array, "B L G D"], mask: Bool[Array, "B L"], weights: None, block: int) -> Projected:
-    x, mask = _blocks(x, block), _blocks(mask, block)
+    x, mask = in_blocks(x, block), in_blocks(mask, block)
     count = jnp.maximum(jnp.sum(mask, axis=2), 1).astype(x.dtype)
     return jnp.sum(jnp.where(mask[..., None, None], x, 0), axis=2) / count[..., None, None], jnp.any(mask, axis=2)
 
 
 def maximum(x: Float[Array, "B L G D"], mask: Bool[Array, "B L"], weights: None, block: int) -> Projected:
-    x, mask = _blocks(x, block), _blocks(mask, block)
+    x, mask = in_blocks(x, block), in_blocks(mask, block)
     is_seen = jnp.any(mask, axis=2)
     top = jnp.max(jnp.where(mask[..., None, None], x, jnp.finfo(x.dtype).min), axis=2)
     return jnp.where(is_seen[..., None, None], top, 0), is_seen
@@ -140,15 +141,9 @@ def maximum(x: Float[Array, "B L G D"], mask: Bool[Array, "B L"], weights: None,
 def convolution(
     x: Float[Array, "B L G D"], mask: Bool[Array, "B L"], weights: Float[Array, "#G block D"], block: int
 ) -> Projected:
-    x, mask = _blocks(x, block), _blocks(mask, block)
+    x, mask = in_blocks(x, block), in_blocks(mask, block)
     weights = jnp.broadcast_to(weights, (x.shape[3], *weights.shape[1:]))
     return jnp.einsum("bsjgd,gjd->bsgd", jnp.where(mask[..., None, None], x, 0), weights), jnp.any(mask, axis=2)
-
-
-def _blocks(x, block: int):
-    """[B, L, ...] as [B, S, block, ...], the last block filled up with 0 (False)."""
-    x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % block), *((0, 0),) * (x.ndim - 2)))
-    return x.reshape(x.shape[0], -1, block, *x.shape[2:])
 
 
 PROJECTIONS: Mapping[str, tuple[Callable | None, Callable]] = {

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from efficient_attn.arguments import ConfigError, lookup
+from efficient_attn.mixers.blocks import in_blocks
 from efficient_attn.mixers.context import Context
 from efficient_attn.mixers.performer import Performer, Projection, positive_features, softmax_exponents
 from efficient_attn.mixers.smyrf import asymmetric, clusters
@@ -59,7 +60,7 @@ def _far(q, k, v, projection, block_size: int, look_back: int, look_ahead: int, 
     phi_k = positive_features(phi_k, jnp.zeros_like(phi_k[..., :1]))
     phi_k = phi_k if mask is None else jnp.where(mask[..., None, None], phi_k, 0)
     values = jnp.concatenate([v.astype(phi_k.dtype), jnp.ones_like(v[..., :1], dtype=phi_k.dtype)], axis=-1)
-    phi_q, phi_k, values = (_blocks(x, block_size) for x in (phi_q, phi_k, values))
+    phi_q, phi_k, values = (in_blocks(x, block_size) for x in (phi_q, phi_k, values))
     of_block = jnp.einsum("bnihp,bnihm->bnhpm", values, phi_k)
     sums = _before(of_block, look_back)
     if not causal:
@@ -77,12 +78,6 @@ def _before(x: Float[Array, "B n H P M"], nearest: int) -> Float[Array, "B n H P
     skipped = nearest + 1
     sums = jnp.pad(jnp.cumsum(x, axis=1), ((0, 0), (skipped, 0), *((0, 0),) * 3))
     return sums[:, : x.shape[1]]
-
-
-def _blocks(x, size: int):
-    """[B, L, ...] as [B, n, size, ...], the last block filled up with 0."""
-    x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % size), *((0, 0),) * (x.ndim - 2)))
-    return x.reshape(x.shape[0], -1, size, *x.shape[2:])
 
 
 def in_order(x: Float[Array, "B L H D"], order: Int[Array, "B H L"]) -> Float[Array, "B L H D"]:

@@ -108,6 +108,14 @@ def selective_scan(
     options = dict(h0=h0, reset=reset, reverse=reverse, implementation=implementation)
     choice = explain_selective(u, delta, A, B, C, D, z, delta_bias, **options)
     dtype = _state_dtype(u, delta, A, B, C, D, z, delta_bias, h0)
+    inputs = _inputs(dtype, u, delta, A, B, C, D, z, delta_bias, h0)
+    y, last = IMPLEMENTATIONS[choice.name].run(softplus, reverse, inputs, keeps(reset, reverse, dtype))
+    last = jnp.moveaxis(last, 1, 2).reshape(len(u), A.shape[1], u.shape[2])
+    return y.reshape(u.shape).astype(u.dtype), jnp.swapaxes(last, 1, 2)
+
+
+def _inputs(dtype, u, delta, A, B, C, D, z, delta_bias, h0) -> Inputs:
+    """The arguments by group of channels; those that do not vary in time, and the state, in the state's type."""
     batch, length, channels = u.shape
     groups, states = (1 if B.ndim == 3 else B.shape[2]), A.shape[1]
 
@@ -118,7 +126,7 @@ def selective_scan(
         return None if x is None else x.astype(dtype)
 
     h0 = jnp.zeros((batch, channels, states), dtype) if h0 is None else h0
-    inputs = Inputs(
+    return Inputs(
         u=grouped(u),
         delta=grouped(delta),
         A=jnp.moveaxis(grouped(at_full_precision(A.T)), 0, 1),
@@ -129,9 +137,6 @@ def selective_scan(
         delta_bias=grouped(at_full_precision(delta_bias)),
         h0=jnp.moveaxis(grouped(at_full_precision(jnp.swapaxes(h0, 1, 2))), 1, 2),
     )
-    y, last = IMPLEMENTATIONS[choice.name].run(softplus, reverse, inputs, keeps(reset, reverse, dtype))
-    last = jnp.moveaxis(last, 1, 2).reshape(batch, states, channels)
-    return y.reshape(u.shape).astype(u.dtype), jnp.swapaxes(last, 1, 2)
 
 
 def explain_selective(
