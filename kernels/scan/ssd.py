@@ -85,10 +85,7 @@ def ssd(
     full, dt, A, B, C, D, dt_bias, h0 = (v if v is None else v.astype(dtype) for v in (x, dt, A, B, C, D, dt_bias, h0))
     dt = dt if dt_bias is None else dt + dt_bias[None, None, :]
     dt = jnp.clip(jax.nn.softplus(dt) if softplus else dt, *dt_limit)
-    log_decay = None if A is None else dt * A[None, None, :]
-    if reset is not None:
-        keep = keeps(reset, reverse, dtype)[..., None] > 0
-        log_decay = jnp.where(keep, jnp.zeros_like(dt) if log_decay is None else log_decay, ssd_forms.NOTHING)
+    log_decay = _log_decay(dt, A, None if reset is None else keeps(reset, reverse, dtype))
 
     def grouped(v):
         return None if v is None else v.reshape(*v.shape[:2], groups, heads // groups, *v.shape[3:])
@@ -102,6 +99,14 @@ def ssd(
     y = in_time(y).reshape(x.shape)
     y = y if D is None else y + D[None, None, :, None] * full
     return y.astype(x.dtype), last.reshape(batch, heads, head_dim, states)
+
+
+def _log_decay(dt: Float[Array, "B L H"], A, keep) -> Float[Array, "B L H"] | None:
+    """dt A, and what lets nothing pass where `keep` is 0; None where nothing decays."""
+    log_decay = None if A is None else dt * A[None, None, :]
+    if keep is None:
+        return log_decay
+    return jnp.where(keep[..., None] > 0, jnp.zeros_like(dt) if log_decay is None else log_decay, ssd_forms.NOTHING)
 
 
 def explain_ssd(x, dt, A, B, C, D=None, dt_bias=None, *, h0=None, implementation=None) -> Choice:
