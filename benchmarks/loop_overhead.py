@@ -25,7 +25,8 @@ from efficient_attn.display import PlainLines
 from efficient_attn.plan import make_plan
 from efficient_attn.steps import train_step
 from efficient_attn.tasks.pipeline import train_batches
-from efficient_attn.training import Loop, Profiler, Progress
+from efficient_attn.timing import Profiler
+from efficient_attn.training import Loop, Progress
 
 PAIRS = flags.DEFINE_integer("pairs", 20, "Pairs of blocks.", lower_bound=2)
 STEPS = flags.DEFINE_integer("steps", 20, "Steps a block.", lower_bound=1)
