@@ -9,7 +9,7 @@ import pytest
 from efficient_attn.mixers import Context, build
 from efficient_attn.mixers.bigbird import BigBird
 from efficient_attn.mixers.longformer import longformer
-from kernels.attention import attend, masks
+from kernels.attention import attend, biases, masks
 
 TOLERANCE = 1e-4  # the oracle folder's own, for another float32 implementation
 
@@ -96,3 +96,24 @@ def test_bigbird(oracle_dir, name):
     y = module.apply({"params": params}, x, Context(mask=~arrays["in.is_padding"]))
     y = jnp.where(arrays["in.is_padding"][..., None], 0, y)
     np.testing.assert_allclose(y, arrays["out.y"], rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "chunked", "portable"])
+def test_a_key_counted_several_times_is_a_bias_of_its_logarithm(oracle_dir, implementation):
+    """The oracle's random blocks are all block 0, which the rows between the global ones then count 1 + r times."""
+    hyper, arrays = load(oracle_dir, "bigbird_itc_evalquirk")
+    is_padding, block = arrays["in.is_padding"], hyper["block_size"]
+    multiplicity = 1 + hyper["num_random_blocks"]
+    last = hyper["N"] - block
+    assert float(arrays["aux.key_multiplicity"].max()) == multiplicity
+
+    def repeated(score, q_pos, kv_pos, head, count):
+        return score + jnp.log(count) * ((kv_pos < block) & (q_pos >= block) & (q_pos < last))
+
+    pattern = BigBird(num_heads=hyper["heads"], block_size=block).without_random(hyper["N"])
+    out = attend(
+        *projected(arrays, hyper["heads"]), mask=pattern, segment_ids=jnp.where(is_padding, -1, 0),
+        bias=biases.Function(repeated, jnp.float32(multiplicity)), implementation=implementation,
+    )  # fmt: skip
+    out = jnp.where(is_padding[..., None], 0, out.reshape(arrays["out.y"].shape))
+    np.testing.assert_allclose(out, arrays["out.y"], rtol=0, atol=TOLERANCE)
