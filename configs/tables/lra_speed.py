@@ -11,10 +11,21 @@ Expected time on two cores: about 25 minutes with --budget=40.
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from efficient_attn import tables
 from efficient_attn.arguments import arguments_of
 from efficient_attn.config import experiment
 from efficient_attn.mixers import MIXERS
+from efficient_attn.workdir import read_json
 
+TITLE = "Speed and memory of a training step against length"
+METRIC = tables.Metric("speed", "x the Transformer's", scale=1.0)
+MEMORY = tables.Metric("memory", "x the Transformer's", scale=1.0, better="min")
+SCALES = {
+    "paper": "4 layers, width 256, 4 heads, batch 32 on 4 x 4 TPU v3; memory is that of one device.",
+    "cpu": "1 layer, width 64, 2 heads, batch 1 on two CPU cores; memory is the compiled step's arguments and temporaries.",
+}
+RESULTS = tables.ROOT / "results/cpu/lra_speed.json"
+MEASURED_BY = "python -m benchmarks.lra_speed --out=results/cpu/lra_speed.json"
 LENGTHS = (1024, 2048, 3072, 4096, 8192, 16384)
 BASELINE = "transformer"
 
@@ -83,6 +94,56 @@ def mixer(row: str, length: int, heads: int) -> dict[str, Any]:
     sizes = {"num_heads": heads, "max_length": length}
     sizes = {name: size for name, size in sizes.items() if name in arguments_of(entry.constructor)}
     return {**sizes, "causal": not entry.bidirectional, **arguments}
+
+
+PROTOCOLS = {
+    f"{figure}{suffix}": tables.Protocol(
+        f"{title} {place}", tuple(f"{length // 1024}K" for length in lengths), scale=scale, metric=metric, beside=beside,
+        facts=("Byte-level text classification. The Transformer forms the whole table of scores.",),
+    )
+    for figure, title, metric in (("speed", "Speed", METRIC), ("memory", "Peak memory", MEMORY))
+    for suffix, place, lengths, scale, beside in (
+        ("", "as published", LENGTHS[:4], "paper", ""), ("-cpu", "on two CPU cores", LENGTHS, "cpu", figure)
+    )
+}  # fmt: skip
+
+
+def _published(figure: int) -> dict[str, dict[str, tables.Published]]:
+    sources = dict.fromkeys(RATIOS_AT_4K, "Ma et al. 2023, arXiv 2209.10655, table 2")
+    cells = {row: {n: published(row, n) for n in LENGTHS} for row in (*STEPS_PER_SECOND, *RATIOS_AT_4K)}
+    default = "Tay et al. 2020, arXiv 2011.04006, table 2"
+    return {
+        row: {
+            f"{n // 1024}K": tables.Published(round(pair[figure], 2), sources.get(row, default), note="ratio of printed figures")
+            for n, pair in lengths.items()
+            if pair
+        }
+        for row, lengths in cells.items()
+    }
+
+
+PUBLISHED = {"speed": _published(0), "memory": _published(1)}
+
+
+def measured(scale: str) -> dict[str, dict[str, dict[str, float]]]:
+    """What the committed run of the benchmark says, over the Transformer's."""
+    if scale != "cpu":
+        return {}
+    found = {row["mixer"]: row for row in read_json(RESULTS)["summary"]}
+
+    def ratios(kind: str, power: int) -> dict[str, dict[str, float]]:
+        base = found[BASELINE][kind]
+        return {
+            mixer: {f"{int(n) // 1024}K": (value / base[n]) ** power for n, value in row[kind].items() if n in base}
+            for mixer, row in found.items()
+        }
+
+    return {"speed-cpu": ratios("ms", -1), "memory-cpu": ratios("mb", 1)}
+
+
+def sweep(scale: str = "paper") -> list[tables.Cell]:
+    """Nothing: steps are timed by the benchmark, not trained."""
+    return []
 
 
 def get_config(row: str, length: int, *, batch: int = 1, depth: int = 1, width: int = 64, heads: int = 2):

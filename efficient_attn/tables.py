@@ -1,0 +1,266 @@
+"""A published table as a configuration: which runs make its cells, and what its papers print there.
+
+A table is a file `configs/tables/NAME.py` with a docstring (the papers, the command, the expected time) and
+
+    TITLE      one line
+    METRIC     a `Metric`: which entry of a run's eval.json is the figure, and in what unit
+    SCALES     scale -> one sentence: "paper" is as published, "cpu" is small enough to run whole on two cores
+    PROTOCOLS  name -> `Protocol`: what the figures of one section have in common; figures of two protocols never share a section
+    PUBLISHED  protocol -> row -> column -> `Published`
+    sweep(scale) -> iterable of `Cell`, every run that the table needs at that scale
+    measured(scale) -> protocol -> row -> column -> figure, only where a benchmark and not runs make the figures; `MEASURED_BY` is
+               then the benchmark's command
+
+Rows and columns are strings. A row that is published and has no cell is a mechanism or a recipe that is not there.
+"""
+
+import dataclasses
+import importlib.util
+import pathlib
+import re
+import shlex
+import types
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
+
+import ml_collections
+
+from efficient_attn.arguments import ConfigError, suggest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+"""The checkout: paths of configuration files are relative to it, and commands run in it."""
+
+Override = str | int | float | bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+    """`key` of eval.json times `scale` is the figure, in `unit`; `better` says which end is."""
+
+    key: str = "test_accuracy"
+    unit: str = "%"
+    scale: float = 100.0
+    better: Literal["max", "min"] = "max"
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """A figure as printed: in the metric's unit, or a word ("FAIL", "OOM"). source: paper and table. note: what differs in it."""
+
+    value: float | str
+    source: str
+    std: float | None = None
+    note: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Protocol:
+    """What the figures of one section of a table have in common.
+
+    scale: the scale whose runs follow it. facts: sentences (which split selected the checkpoint, which tasks an average is over).
+    columns: in order. average: the columns of the mean in the last column; () for none. floors: column -> what simple rules
+    reach, by their names, in the metric's unit. beside: the protocol whose published figures are shown for context where this
+    one has none; they are not its own. metric: where it is not the table's.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    facts: tuple[str, ...] = ()
+    scale: str = "paper"
+    average: tuple[str, ...] = ()
+    floors: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
+    beside: str = ""
+    metric: Metric | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One training run of a table.
+
+    config: "configs/FILE.py:RECIPE". overrides: dotted fields below `config` -> values. seed, replicas: the run trains the seeds
+    seed, ..., seed + replicas - 1 as one program (`train.replicas`). choice: where several runs are candidates for one figure,
+    what tells them apart ("lr=1e-3"); the mean validation metric chooses. lengths: further columns that the same run fills, and
+    the length of the test sequences it is scored on there (`efficient_attn.reporting.lengths`).
+    """
+
+    config: str
+    row: str
+    column: str
+    protocol: str
+    overrides: Mapping[str, Override] = dataclasses.field(default_factory=dict)
+    seed: int = 0
+    replicas: int = 1
+    choice: str = ""
+    lengths: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        return tuple(range(self.seed, self.seed + self.replicas))
+
+    def all_overrides(self) -> dict[str, Override]:
+        """`overrides` and the seeds."""
+        replicas = {"train.replicas": self.replicas} if self.replicas > 1 else {}
+        return {"seed": self.seed, **replicas, **self.overrides}
+
+    def workdir(self, root: pathlib.Path | str) -> pathlib.Path:
+        """The run's folder below `root`, a folder of the table: PROTOCOL/ROW-COLUMN-CHOICE-sSEED."""
+        seeds = f"s{self.seed}" if self.replicas == 1 else f"s{self.seed}-{self.seeds[-1]}"
+        parts = [_slug(part) for part in (self.row, self.column, self.choice) if part]
+        return pathlib.Path(root) / _slug(self.protocol) / "-".join([*parts, seeds])
+
+    def command(self, root: pathlib.Path | str) -> list[str]:
+        """The training command; `shlex.join` of it can be pasted into a shell at the checkout's root."""
+        overrides = [f"--config.{field}={value}" for field, value in self.all_overrides().items()]
+        return ["python", "train.py", f"--config={self.config}", *overrides, f"--workdir={self.workdir(root)}"]
+
+    def commands(self, root: pathlib.Path | str) -> list[list[str]]:
+        """All commands of the cell, to be run one after another: train, score, score at other lengths."""
+        folder = self.workdir(root)
+        commands = [self.command(root), ["python", "eval.py", f"--workdir={folder}"]]
+        if self.lengths:
+            lengths = ",".join(map(str, self.lengths.values()))
+            tool = ["python", "-m", "efficient_attn.reporting.lengths"]
+            commands.append([*tool, f"--workdirs={folder}", f"--lengths={lengths}", f"--out={folder / 'lengths'}"])
+        return commands
+
+    def get_config(self) -> ml_collections.ConfigDict:
+        """The run's complete configuration. Raises `ConfigError` for a file, recipe, field or value that is wrong."""
+        file, _, recipe = self.config.partition(":")
+        module = load_module(ROOT / file)
+        config = module.get_config(recipe) if recipe else module.get_config()
+        for field, value in self.all_overrides().items():
+            _set(config, field, value)
+        return config
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9=.+_]+", "_", text).strip("_")
+
+
+def _set(config: ml_collections.ConfigDict, field: str, value: Override) -> None:
+    *parents, last = field.split(".")
+    node: Any = config
+    for key in parents:
+        node = node[key] if isinstance(node, ml_collections.ConfigDict) and key in node else None
+    known = list(node) if isinstance(node, ml_collections.ConfigDict) else []
+    if last not in known:
+        raise ConfigError(f"the configuration has no field {field}{suggest(last, known)}")
+    try:
+        node[last] = value
+    except TypeError as error:
+        raise ConfigError(f"{field}={value!r} has the wrong type: {error}") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A loaded table. cells: by scale; measured: of a scale, by protocol, row and column."""
+
+    name: str
+    path: pathlib.Path
+    doc: str
+    title: str
+    metric: Metric
+    scales: Mapping[str, str]
+    protocols: Mapping[str, Protocol]
+    published: Mapping[str, Mapping[str, Mapping[str, Published]]]
+    cells: Mapping[str, tuple[Cell, ...]]
+    measured: Callable[[str], Mapping[str, Mapping[str, Mapping[str, float]]]]
+    measured_by: str = ""
+
+    def protocols_of(self, scale: str) -> list[str]:
+        return [name for name, protocol in self.protocols.items() if protocol.scale == scale]
+
+    def rows(self, protocol: str) -> list[str]:
+        """Rows of a section: those published under it or beside it, then those that only runs make."""
+        shown = [protocol, *filter(None, [self.protocols[protocol].beside])]
+        published = [row for name in shown for row in self.published.get(name, {})]
+        run = [cell.row for cells in self.cells.values() for cell in cells if cell.protocol == protocol]
+        return list(dict.fromkeys([*published, *run, *self.measured(self.protocols[protocol].scale).get(protocol, {})]))
+
+    def paste(self, cell: Cell, root: pathlib.Path | str) -> str:
+        """The cell's commands as one line of shell."""
+        return " && ".join(shlex.join(command) for command in cell.commands(root))
+
+
+def published(
+    columns: Iterable[str], source: str, rows: Mapping[str, Iterable[Any]], note: str = ""
+) -> dict[str, dict[str, Published]]:
+    """Rows of printed figures: numbers, words, (number, standard deviation), or None where nothing is printed."""
+    table: dict[str, dict[str, Published]] = {}
+    for row, values in rows.items():
+        table[row] = {}
+        for column, value in zip(columns, values, strict=True):
+            value, std = value if isinstance(value, tuple) else (value, None)
+            if value is not None:
+                table[row][column] = Published(value, source, std, note)
+    return table
+
+
+def load_module(path: pathlib.Path) -> types.ModuleType:
+    """The module in the file `path`. Raises `ConfigError` where there is none."""
+    if not path.is_file() or path.suffix != ".py":
+        raise ConfigError(
+            f"there is no configuration file {path}{suggest(path.name, (p.name for p in path.parent.glob('*.py')))}"
+        )
+    spec = importlib.util.spec_from_file_location(f"configuration_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+FIELDS: Mapping[str, type] = {
+    "TITLE": str, "METRIC": Metric, "SCALES": Mapping, "PROTOCOLS": Mapping, "PUBLISHED": Mapping, "sweep": Callable,
+}  # fmt: skip
+
+
+def load(path: pathlib.Path | str) -> Table:
+    """The table in a file. Raises `ConfigError`, in one line, for whatever is missing or contradicts itself."""
+    path = pathlib.Path(path)
+    module = load_module(path)
+    for name, kind in FIELDS.items():
+        if not isinstance(getattr(module, name, None), kind):
+            raise ConfigError(f"{path} is not a table: it defines no {name} ({kind.__name__})")
+    if not module.__doc__:
+        raise ConfigError(f"{path} has no docstring; it says the papers, the command and the expected time")
+    table = Table(
+        name=path.stem, path=path, doc=module.__doc__, title=module.TITLE, metric=module.METRIC, scales=module.SCALES,
+        protocols=module.PROTOCOLS, published=module.PUBLISHED,
+        cells={scale: tuple(module.sweep(scale)) for scale in module.SCALES},
+        measured=getattr(module, "measured", lambda scale: {}), measured_by=getattr(module, "MEASURED_BY", ""),
+    )  # fmt: skip
+    for name, protocol in table.protocols.items():
+        _check_protocol(table, name, protocol)
+    for scale, cells in table.cells.items():
+        _check_cells(table, scale, cells)
+    return table
+
+
+def _check_protocol(table: Table, name: str, protocol: Protocol) -> None:
+    where = f"{table.path}: protocol {name!r}"
+    if protocol.scale not in table.scales:
+        raise ConfigError(f"{where} is of scale {protocol.scale!r}, not one of SCALES: {', '.join(table.scales)}")
+    if protocol.beside and protocol.beside not in table.protocols:
+        raise ConfigError(f"{where} stands beside {protocol.beside!r}{suggest(protocol.beside, table.protocols)}, which is none")
+    if unknown := {*protocol.average, *protocol.floors} - {*protocol.columns}:
+        raise ConfigError(f"{where}: average or floors of {sorted(unknown)}, which are no columns")
+    for row, values in table.published.get(name, {}).items():
+        if unknown := [column for column in values if column not in protocol.columns]:
+            raise ConfigError(
+                f"{where}: PUBLISHED has {row!r} at {unknown[0]!r}{suggest(unknown[0], protocol.columns)}: no column"
+            )
+    if stray := set(table.published) - set(table.protocols):
+        raise ConfigError(f"{table.path}: PUBLISHED has the protocols {sorted(stray)}, which PROTOCOLS has not")
+
+
+def _check_cells(table: Table, scale: str, cells: Iterable[Cell]) -> None:
+    folders: dict[pathlib.Path, Cell] = {}
+    for cell in cells:
+        where = f"{table.path}: the cell {cell.row!r} x {cell.column!r}"
+        protocol = table.protocols.get(cell.protocol)
+        if protocol is None or protocol.scale != scale:
+            raise ConfigError(f"{where} of scale {scale!r} has protocol {cell.protocol!r}, which is none of that scale")
+        if unknown := [column for column in (cell.column, *cell.lengths) if column not in protocol.columns]:
+            raise ConfigError(f"{where}: {unknown[0]!r} is no column{suggest(unknown[0], protocol.columns)}")
+        if cell.workdir("") in folders:
+            raise ConfigError(f"{where} and {folders[cell.workdir('')].config} would share the folder {cell.workdir('')}")
+        folders[cell.workdir("")] = cell

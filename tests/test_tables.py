@@ -1,0 +1,130 @@
+"""Tables as configurations: every one loads, every cell builds, and what is wrong with a file is said in a line."""
+
+import pathlib
+import textwrap
+
+import pytest
+
+from efficient_attn import tables
+from efficient_attn.arguments import ConfigError
+from efficient_attn.config import normal_form
+from efficient_attn.plan import make_plan
+from efficient_attn.tables import Cell
+
+FILES = sorted((tables.ROOT / "configs/tables").glob("[a-z]*.py"))
+QUICKSTART = dict(config="configs/quickstart.py:softmax", row="softmax", column="a", protocol="p")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_table_loads_and_its_first_cells_build(path):
+    """The first cell of each recipe here; every cell of every table with -m exhaustive."""
+    table = tables.load(path)
+    first = {cell.config: cell for cells in table.cells.values() for cell in cells}
+    for cell in list(first.values())[:3]:
+        make_plan(cell.get_config())
+    assert table.rows(next(iter(table.protocols)))
+
+
+def test_measured_figures_have_rows_and_columns():
+    for path in FILES:
+        table = tables.load(path)
+        for scale in table.scales:
+            for protocol, rows in table.measured(scale).items():
+                columns = {column for figures in rows.values() for column in figures}
+                assert columns <= set(table.protocols[protocol].columns) and table.measured_by
+                assert table.protocols[protocol].scale == scale and all(v > 0 for row in rows.values() for v in row.values())
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_cell_builds(path):
+    for cells in tables.load(path).cells.values():
+        for cell in cells:
+            make_plan(cell.get_config())
+
+
+def test_a_command_means_the_configuration_of_its_cell(monkeypatch):
+    """The flags, parsed as train.py parses them, give what `get_config` gives."""
+    from absl import flags
+
+    from efficient_attn import cli
+
+    overrides = {"train.duration": "70 steps", "optimizer.learning_rate": 1e-4, "train.tensorboard": False, "model.width": 32}
+    cell = Cell(**QUICKSTART, overrides=overrides, seed=7)
+    command = cell.command("runs/t")
+    assert command[:2] == ["python", "train.py"] and command[-1] == f"--workdir={cell.workdir('runs/t')}"
+    values = flags.FlagValues()
+    holder = cli.config_flags.DEFINE_config_file("config", None, "", flag_values=values)
+    monkeypatch.chdir(tables.ROOT)
+    monkeypatch.setattr("sys.argv", command[1:-1])
+    values(command[1:-1])
+    assert normal_form(holder.value) == normal_form(cell.get_config())
+    assert normal_form(holder.value)["train"]["duration"] == "70 steps"
+
+
+def test_folders_are_readable_and_apart():
+    cell = Cell(**{**QUICKSTART, "row": "softmax (ours)", "column": "L=64 d=32"}, choice="lr=0.001", lengths={"128": 128})
+    assert cell.workdir("r") == pathlib.Path("r/p/softmax_ours-L=64_d=32-lr=0.001-s0")
+    assert Cell(**QUICKSTART, replicas=3, seed=2).workdir("r").name == "softmax-a-s2-4"
+    _train, score, lengths = cell.commands("r")
+    assert score[1] == "eval.py" and lengths[-1] == f"--out={cell.workdir('r')}/lengths" and "--lengths=128" in lengths
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ({"model.widht": 3}, "no field model.widht.*width"),
+        ({"modle.width": 3}, "no field modle.width"),
+        ({"model.width.x": 3}, "no field"),
+        ({"model.width": "wide"}, "wrong type"),
+    ],
+)
+def test_wrong_overrides_are_one_line(override, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        Cell(**QUICKSTART, overrides=override).get_config()
+    assert "\n" not in str(error.value)
+
+
+GOOD = """
+'''A table.'''
+from efficient_attn.tables import Cell, Metric, Protocol, published
+TITLE, METRIC, SCALES = "t", Metric(), {"paper": "p"}
+PROTOCOLS = {"p": Protocol("P", ("a", "b"))}
+PUBLISHED = {"p": published(("a", "b"), "Paper, table 1", {"softmax": (1.0, None), "x": ("FAIL", (2.0, 0.1))})}
+def sweep(scale):
+    return [Cell("configs/quickstart.py:softmax", "softmax", "a", "p")]
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("TITLE,", "HEADING,", "defines no TITLE"),
+        ("'''A table.'''", "", "no docstring"),
+        ('"a", "p")]', '"c", "p")]', "'c' is no column"),
+        ('"a", "p")]', '"a", "q")]', "protocol 'q'"),
+        ('"a", "p")]', '"a", "p")] * 2', "would share the folder"),
+        ('published(("a", "b")', 'published(("a", "bb")', "'bb'.*did you mean 'b'"),
+        ('PUBLISHED = {"p"', 'PUBLISHED = {"r"', r"\['r'\]"),
+        ('("a", "b"))}', '("a", "b"), average=("z",))}', "average or floors"),
+        ('("a", "b"))}', '("a", "b"), scale="cpu")}', "scale 'cpu'"),
+        ('("a", "b"))}', '("a", "b"), beside="o")}', "beside 'o'"),
+    ],
+)
+def test_a_wrong_table_is_one_line(tmp_path, old, new, message):
+    assert old in GOOD
+    path = tmp_path / "table.py"
+    path.write_text(textwrap.dedent(GOOD.replace(old, new)))
+    with pytest.raises(ConfigError, match=message) as error:
+        tables.load(path)
+    assert "\n" not in str(error.value)
+
+
+def test_published_figures_keep_words_deviations_and_gaps(tmp_path):
+    path = tmp_path / "table.py"
+    path.write_text(GOOD)
+    figures = tables.load(path).published["p"]
+    assert figures["softmax"]["a"].value == 1.0 and "b" not in figures["softmax"]
+    assert (figures["x"]["a"].value, figures["x"]["b"].std) == ("FAIL", 0.1)
+    with pytest.raises(ConfigError, match="no configuration file"):
+        tables.load(tmp_path / "tabel.py")
