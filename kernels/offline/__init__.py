@@ -3,6 +3,7 @@
     python -m kernels.offline                                  lowers every kernel to Triton's IR; needs only the requirements
     python -m kernels.offline --compile --memory --out=results/offline/attention-h200.json
     python -m kernels.offline --op=scan --compile --out=results/offline/scan-h200.json
+    python -m kernels.offline --op=paged --compile --out=results/offline/paged-h200.json
 
 Lowering is what JAX does before XLA compiles, so it finds every operation that Pallas's Triton dialect lacks. `--compile` hands
 the IR to Triton's own compiler and ptxas for compute capability 9.0, and reads registers of a thread, bytes that a thread spills,
