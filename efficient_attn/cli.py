@@ -11,8 +11,9 @@ from ml_collections import ConfigDict, config_flags
 
 from efficient_attn.arguments import ConfigError, suggest
 from efficient_attn.checkpoints import CheckpointError
+from efficient_attn.preemption import Preempted
 from efficient_attn.tasks.base import TaskError
-from efficient_attn.training import Preempted, TrainingDiverged
+from efficient_attn.training import TrainingDiverged
 from efficient_attn.workdir import WorkdirError
 
 EXIT_CODES = {ConfigError: 2, TaskError: 2, WorkdirError: 2, CheckpointError: 3, TrainingDiverged: 4, Preempted: 75}

@@ -1,20 +1,34 @@
-"""Being asked to stop: SIGTERM and Ctrl-C are noted, and the loop stops after the step it is in."""
+"""Being asked to stop: SIGTERM and Ctrl-C end a run after the step it is in, or at once while it has nothing to save."""
 
 import contextlib
 import signal
 from collections.abc import Iterator
 
 
+class Preempted(Exception):
+    """The run was asked to stop, has saved what there was to save, and can be continued by the same command."""
+
+
 class StopRequest:
-    """Set by the first signal; a second Ctrl-C interrupts at once."""
+    """Set by the first signal. Until `defer` is called it also interrupts at once; after that a second Ctrl-C does.
+
+    A set request stays set: a `KeyboardInterrupt` that is raised inside a garbage collector's callback or a destructor is
+    dropped by Python, and the run would go on as if nobody had asked.
+    """
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
+        self.is_deferred = False
+
+    def defer(self) -> None:
+        """From now on there is something to save: the first signal only sets the request."""
+        self.is_deferred = True
 
     def note(self, number: int, frame: object) -> None:
-        if self.signal is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
+        at_once = not self.is_deferred or (self.signal is not None and number == signal.SIGINT)
         self.signal = signal.Signals(number)
+        if at_once:
+            raise KeyboardInterrupt
 
     def __bool__(self) -> bool:
         return self.signal is not None
@@ -22,11 +36,18 @@ class StopRequest:
 
 @contextlib.contextmanager
 def watch() -> Iterator[StopRequest]:
-    """Turn SIGTERM and SIGINT into a `StopRequest` for as long as the context lasts."""
+    """Turn SIGTERM and SIGINT into a `StopRequest` for as long as the context lasts.
+
+    Raises `Preempted` when a signal ends it before `defer` was called.
+    """
     request = StopRequest()
     old = {number: signal.signal(number, request.note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield request
+    except KeyboardInterrupt:
+        if not request or request.is_deferred:
+            raise
+        raise Preempted(f"stopped by {request.signal.name} before the first step; run again to continue") from None
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)

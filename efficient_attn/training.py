@@ -19,6 +19,7 @@ from efficient_attn.config import MAY_CHANGE, Config, differences
 from efficient_attn.display import Display, open_displays
 from efficient_attn.metrics import Window, first_non_finite
 from efficient_attn.plan import Plan, describe, make_plan
+from efficient_attn.preemption import Preempted
 from efficient_attn.steps import TrainState, all_finite, eval_step, train_step
 from efficient_attn.tasks.pipeline import eval_batches, train_batches
 from efficient_attn.timing import Clock, Profiler
@@ -28,10 +29,6 @@ PyTree = Any
 
 class TrainingDiverged(Exception):
     """A loss, gradient or parameter is infinite or not a number."""
-
-
-class Preempted(Exception):
-    """The run was asked to stop, has saved, and can be continued by the same command."""
 
 
 @dataclasses.dataclass
@@ -78,15 +75,16 @@ def train_and_evaluate(config: Config, folder: pathlib.Path, *, profile_steps: i
       ConfigError: the configuration is wrong, or `folder` holds a run of another one.
       TaskError: the data are missing.
       TrainingDiverged: a loss or a gradient is not finite; the last checkpoints are intact.
-      Preempted: on SIGTERM or Ctrl-C, after saving.
+      Preempted: on SIGTERM or Ctrl-C, after saving what there is to save.
     """
-    plan = make_plan(config)
     with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(preemption.watch())
+        plan = make_plan(config)
         stack.enter_context(workdir.lock(folder))
         open_run(plan, folder)
         print(describe(plan), flush=True)
-        plan.task.prepare()  # before signals only set a flag: it is interruptible, and resumes, by itself
-        stop = stack.enter_context(preemption.watch())
+        plan.task.prepare()  # interruptible at any moment: it resumes by itself
+        stop.defer()
         mesh = sharding.data_mesh()
         checkpoints = Checkpoints(
             folder / "checkpoints", metric=f"valid_{plan.task.metric}", mode=plan.task.metric_mode

@@ -1,0 +1,44 @@
+"""Break a short run in every way, and see that nothing is lost.
+
+python -m tests.faults --kills=200 --seed=0 --out=results/cpu/faults/kills.json      random kills, each one continued
+"""
+
+import argparse
+import os
+import pathlib
+import shutil
+import tempfile
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=0, help="how many random kills")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--out", type=pathlib.Path, help="write what happened to this JSON file")
+    args = parser.parse_args()
+    folder = pathlib.Path(tempfile.mkdtemp(prefix="faults-")).resolve()
+    prepare(folder)
+
+    from efficient_attn import workdir
+    from tests.faults import kills
+
+    (folder / "runs").mkdir()
+    summary = kills.report(folder / "runs", args.kills, args.seed)
+    left = sorted(path.name for path in (folder / "tmp").iterdir())
+    assert not left, f"temporary files are left: {left}"
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        workdir.write_json(args.out, summary)
+    shutil.rmtree(folder)
+
+
+def prepare(folder: pathlib.Path) -> None:
+    """The environment of the programs, set before JAX is imported: temporary files that can be counted, one compilation cache."""
+    (folder / "tmp").mkdir()
+    os.environ.update(TMPDIR=str(folder / "tmp"), JAX_COMPILATION_CACHE_DIR=str(folder / "cache"), PYTHONUNBUFFERED="1")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+
+if __name__ == "__main__":
+    main()
