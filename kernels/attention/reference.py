@@ -32,11 +32,11 @@ def attend(call: Call) -> tuple[Float[Array, "B L H Dv"], Float[Array, "B L H"]]
 
     Query head h reads key/value head h // (H / G). A row without an allowed pair gives zeros and -inf.
     """
-    (B, L, H, D), S, G = call.q.shape, call.k.shape[1], call.k.shape[2]
+    H, G = call.q.shape[2], call.k.shape[2]
     dtype = statistics_dtype(call.q.dtype)
     q, k, v = (x.astype(dtype) for x in (call.q, call.k, call.v))
-    q = q.reshape(B, L, G, H // G, D)
-    score = call.scale * jnp.einsum("blgrd,bsgd->bgrls", q, k, precision="highest").reshape(B, H, L, S)
+    k, v = (jnp.repeat(x, H // G, axis=2) for x in (k, v))
+    score = call.scale * jnp.einsum("blhd,bshd->bhls", q, k, precision="highest")
     score = transform_scores(call, call.bias, score, *positions(call), jnp.arange(H))
     score = jnp.where(allowed_pairs(call), score, -jnp.inf)
 
@@ -50,6 +50,5 @@ def attend(call: Call) -> tuple[Float[Array, "B L H Dv"], Float[Array, "B L H"]]
     weights = weights / normaliser
     if call.dropout is not None:
         weights = weights * call.dropout.scale(*(jnp.arange(n) for n in weights.shape)).astype(dtype)
-    weights = weights.reshape(B, G, H // G, L, S)
-    out = jnp.einsum("bgrls,bsgd->blgrd", weights, v, precision="highest").reshape(B, L, H, -1)
+    out = jnp.einsum("bhls,bshd->blhd", weights, v, precision="highest")
     return out.astype(call.q.dtype), jnp.moveaxis(lse, 1, 2)
