@@ -36,6 +36,10 @@ class WorkdirError(Exception):
     """The run's folder is in use, damaged or not writable. The message says what is wrong and what to do."""
 
 
+class WorkdirBusy(WorkdirError):
+    """Another process works in the folder."""
+
+
 def lock(workdir: pathlib.Path) -> contextlib.ExitStack:
     """Take the exclusive lock of `workdir` (made if missing), held until this process ends, however it ends.
 
@@ -44,11 +48,12 @@ def lock(workdir: pathlib.Path) -> contextlib.ExitStack:
     on; the result, used as `with lock(workdir):` or closed, releases it early.
 
     Raises:
-      WorkdirError: another run holds it (named by pid and host), or the folder cannot be written.
+      WorkdirBusy: another run holds it (named by pid and host).
+      WorkdirError: the folder cannot be written.
     """
     path = workdir.resolve() / ".lock"
     if path in _locks:
-        raise WorkdirError(f"{workdir} is in use by another run of this process (pid {os.getpid()}). Let that one end first.")
+        raise WorkdirBusy(f"{workdir} is in use by another run of this process (pid {os.getpid()}). Let that one end first.")
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (open as long as the lock is held)
@@ -65,7 +70,7 @@ def lock(workdir: pathlib.Path) -> contextlib.ExitStack:
                 f"cannot lock {path}: {error.strerror}. Choose a --workdir on a file system with locks."
             ) from error
         message = f"{workdir} is in use by another run ({holder}). Wait for it, stop it, or choose another --workdir."
-        raise WorkdirError(message) from None
+        raise WorkdirBusy(message) from None
     file.truncate(0)
     file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
@@ -73,6 +78,23 @@ def lock(workdir: pathlib.Path) -> contextlib.ExitStack:
     release = contextlib.ExitStack()
     release.callback(lambda: _locks.pop(path).close())
     return release
+
+
+def holder(workdir: pathlib.Path) -> str | None:
+    """Who holds the lock of `workdir`, as "pid 12 on host"; None while it is free."""
+    path = workdir.resolve() / ".lock"
+    if path in _locks:  # and to open and close it again would release it
+        return f"pid {os.getpid()}, this process"
+    try:
+        file = open(path, "r+", encoding="utf-8")  # noqa: SIM115 (its end releases the lock)
+    except OSError:  # nobody has been there, or may
+        return None
+    with file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):  # POSIX allows either
+            return file.read().strip() or "unknown"
+    return None
 
 
 def jsonable(value: Any) -> Any:

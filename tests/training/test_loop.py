@@ -155,7 +155,7 @@ def test_second_run_on_a_workdir_is_refused(tmp_path):
     from efficient_attn import workdir
 
     with workdir.lock(tmp_path / "busy"):
-        err = run(tmp_path / "busy", expect=2).stderr
+        err = run(tmp_path / "busy", expect=5).stderr
     assert f"pid {os.getpid()}" in err and "Traceback" not in err
 
 
