@@ -6,23 +6,31 @@ Published: two layers of softmax attention reach >= 99 % at every length and wid
 1e-4, 4.6e-4, 2.2e-3, 1e-2); models of fixed state need widths that grow with the length. No time is published for one run.
 """
 
+from configs.recipes_mamba import NO_DECAY
 from efficient_attn.config import experiment
 
 OPTIMIZER = dict(learning_rate=2.2e-3, schedule="cosine", weight_decay=0.1)
+POSITIONS = dict(name="learned")
+
+
+def recipe(*mixers: dict, positions: dict | None = None, **optimizer) -> dict:
+    """Two layers without feed-forward networks, the mixers in turn."""
+    model = dict(depth=2, width=64, mixer=mixers if len(mixers) > 1 else mixers[0])
+    return {"model": model | (dict(positions=positions) if positions else {}), "optimizer": OPTIMIZER | optimizer}
+
+
+MAMBA = dict(rules=(NO_DECAY, (r".*", {})))
 
 RECIPES = {
-    "softmax": {
-        "model": dict(
-            depth=2, width=64, positions=dict(name="learned"), mixer=dict(name="softmax", num_heads=1, dropout=0.1)
-        ),
-        "optimizer": OPTIMIZER,
-    },
-    "s5": {
-        "model": dict(depth=2, width=64, mixer=dict(name="s5", state_dim=64, C_init="trunc_standard_normal")),
-        "optimizer": OPTIMIZER,
-    },
-    "identity": {"model": dict(depth=2, width=64, mixer=dict(name="identity")), "optimizer": OPTIMIZER},
-}  # fmt: skip
+    "softmax": recipe(dict(name="softmax", num_heads=1, dropout=0.1), positions=POSITIONS),
+    "local": recipe(dict(name="local", num_heads=1, window=8, dropout=0.1), positions=POSITIONS),
+    "linear_attention": recipe(dict(name="linear_attention", num_heads=1), positions=POSITIONS),
+    "mamba": recipe(dict(name="mamba"), **MAMBA),
+    "mamba2": recipe(dict(name="mamba2", state_dim=64, head_dim=16), **MAMBA),
+    "s4d": recipe(dict(name="s4d", state_dim=64)),
+    "s5": recipe(dict(name="s5", state_dim=64, C_init="trunc_standard_normal")),
+    "identity": recipe(dict(name="identity")),
+}
 
 TRAIN = dict(batch_size=512, duration="64 epochs", early_stop=0.99)
 

@@ -48,7 +48,7 @@ def arguments_of(constructor: Callable) -> dict[str, Argument]:
 _INFINITY = float("inf")
 BOUNDS: Mapping[str, tuple[float, float, bool]] = {
     **dict.fromkeys(("depth", "width", "num_heads", "num_kv_heads", "head_dim", "state_dim", "blocks"), (1, _INFINITY, True)),
-    **dict.fromkeys(("batch_size", "accumulate", "log_every"), (1, _INFINITY, True)),
+    **dict.fromkeys(("batch_size", "accumulate", "log_every", "replicas"), (1, _INFINITY, True)),
     **dict.fromkeys(("window", "dilation", "block_size", "num_blocks", "stride", "query_block", "rank"), (1, _INFINITY, True)),
     **dict.fromkeys(("query_height", "query_width", "max_length", "conv_width", "trained_length"), (1, _INFINITY, True)),
     **dict.fromkeys(("columns", "expand", "num_experts"), (1, _INFINITY, True)),

@@ -28,7 +28,9 @@ def define_config() -> flags.FlagHolder:
 
 
 def default_workdir(config: ConfigDict) -> pathlib.Path:
-    return pathlib.Path("runs") / f"{config.name}-{config.recipe}-s{config.seed}"
+    last = config.seed + config.train.replicas - 1
+    seeds = f"{config.seed}-{last}" if last > config.seed else f"{config.seed}"
+    return pathlib.Path("runs") / f"{config.name}-{config.recipe}-s{seeds}"
 
 
 def run(main: Callable[[], None]) -> None:

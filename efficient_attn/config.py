@@ -34,7 +34,9 @@ MAY_CHANGE = (
 class TrainConfig:
     """`config.train`: how the loop runs. Durations are '5000 steps', '40 epochs' or '2e6 examples'.
 
-    batch_size: examples of one optimiser step, over all devices.
+    replicas: seeds trained as one program, seed, seed + 1, ...: each has its own parameters, order of the data and dropout; the
+        best step is that of their mean, and `early_stop` waits until all are there.
+    batch_size: examples of one optimiser step of one replica, over all devices.
     accumulate: micro-batches one after the other that a step's gradient is summed over.
     duration: of the run.
     eval_every: between evaluations on the validation split; max_eval_batches bounds each one (0: all of the split).
@@ -48,6 +50,7 @@ class TrainConfig:
     prefetch: batches read ahead.
     """
 
+    replicas: int = 1
     batch_size: int = 32
     accumulate: int = 1
     duration: str = "10 epochs"

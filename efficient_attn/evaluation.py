@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from absl import logging
 
-from efficient_attn import sharding, workdir
+from efficient_attn import replicas, sharding, workdir
 from efficient_attn.checkpoints import Checkpoints
 from efficient_attn.plan import Plan, make_plan
 from efficient_attn.steps import eval_step
@@ -64,7 +64,7 @@ def score_best(plan: Plan, folder: pathlib.Path) -> dict[str, Any]:
         raise workdir.WorkdirError(f"{folder} has {what}")
     step, state, _ = restored
     plan.task.prepare()
-    step_fn = jax.jit(functools.partial(eval_step, plan.model))
+    step_fn = jax.jit(replicas.evaluate(functools.partial(eval_step, plan.model), plan.train.replicas))
     window = evaluate(step_fn, state.evaluated(), plan.task.source("test"), plan, mesh)
     validation = checkpoints.metrics(step)
     checkpoints.close()

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from efficient_attn import models, optim, sharding, tasks
+from efficient_attn import models, optim, replicas, sharding, tasks
 from efficient_attn.arguments import ConfigError, lookup
 from efficient_attn.config import Config, TrainConfig, normal_form, section
 from efficient_attn.durations import in_steps
@@ -26,7 +26,7 @@ class Plan:
     """A run: what its configuration means.
 
     config: in normal form, as run.json holds it. total, eval_every, checkpoint_every: in steps.
-    state: shapes and dtypes of the train state.
+    params: shapes and dtypes of the parameters, of one replica. state: those of the train state, of all replicas.
     """
 
     config: dict[str, Any]
@@ -39,6 +39,7 @@ class Plan:
     warmup: int
     eval_every: int
     checkpoint_every: int
+    params: Any
     state: TrainState | None
 
     @property
@@ -46,13 +47,25 @@ class Plan:
         return self.config["seed"]
 
     @property
+    def seeds(self) -> tuple[int, ...]:
+        """One of each replica."""
+        return tuple(range(self.seed, self.seed + self.train.replicas))
+
+    @property
+    def data_seed(self) -> int | tuple[int, ...]:
+        """What `train_batches` takes: the seed, or those of the replicas."""
+        return self.seed if self.train.replicas == 1 else self.seeds
+
+    @property
     def tokens_per_batch(self) -> int:
-        return self.train.batch_size * self.task.length * (2 if self.task.head == "match" else 1)
+        rows = self.train.batch_size * self.train.replicas
+        return rows * self.task.length * (2 if self.task.head == "match" else 1)
 
     def init_state(self) -> TrainState:
         """A fresh state. To be jitted."""
         batch = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), example_batch(self.task, 1))
-        return init_state(self.model, self.tx, self.seed, batch, ema=self.optimizer.ema > 0)
+        one = functools.partial(init_state, self.model, self.tx, batch=batch, ema=self.optimizer.ema > 0)
+        return replicas.init(one, self.seeds)
 
 
 def make_plan(config: Config) -> Plan:
@@ -61,13 +74,13 @@ def make_plan(config: Config) -> Plan:
     Raises `ConfigError` for whatever is wrong with it. Reads no data and compiles nothing.
     """
     config = normal_form(config)
-    if not isinstance(config["seed"], int) or not 0 <= config["seed"] < 2**32:
-        raise ConfigError(f"seed={config['seed']!r} must be an integer of at least 0 and less than 2^32")
     task_arguments = dict(config["task"])
     task_class = lookup(tasks.TASKS, task_arguments.pop("name"), "task.name")
     task = _construct(task_class, task_arguments, "task")
     optimizer = _construct(optim.OptimizerConfig, config["optimizer"], "optimizer")
     train = _construct(TrainConfig, config["train"], "train")
+    if not isinstance(config["seed"], int) or not 0 <= config["seed"] <= 2**32 - train.replicas:
+        raise ConfigError(f"seed={config['seed']!r} must be an integer of at least 0 and less than 2^32, as its replicas' must")
     sharding.check_divisible(train.batch_size, train.accumulate, "train.batch_size")
     sharding.check_divisible(train.eval_batch_size or train.batch_size, 1, "train.eval_batch_size")
     if train.wandb and importlib.util.find_spec("wandb") is None:
@@ -93,6 +106,7 @@ def make_plan(config: Config) -> Plan:
         warmup=warmup,
         eval_every=max(1, steps(train.eval_every, "train.eval_every")),
         checkpoint_every=max(1, steps(train.checkpoint_every, "train.checkpoint_every")),
+        params=params,
         state=None,
     )
     return dataclasses.replace(plan, state=jax.eval_shape(plan.init_state))
@@ -130,7 +144,7 @@ def example_batch(task: Task, rows: int) -> Batch:
 
 
 def num_parameters(plan: Plan) -> int:
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(plan.state.params))
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(plan.params))
 
 
 def nbytes(tree: Any) -> int:
@@ -139,9 +153,9 @@ def nbytes(tree: Any) -> int:
 
 def describe(plan: Plan) -> str:
     """The parameter table and what the run will do, for people."""
-    groups = optim.groups(plan.optimizer.rules, plan.state.params)
+    groups = optim.groups(plan.optimizer.rules, plan.params)
     rows = [("parameter", "shape", "size", "lr x", "weight decay")]
-    leaves = zip(*(jax.tree.leaves(t) for t in (optim.paths(plan.state.params), plan.state.params, groups)))
+    leaves = zip(*(jax.tree.leaves(t) for t in (optim.paths(plan.params), plan.params, groups)))
     for path, leaf, group in leaves:
         decay = plan.optimizer.weight_decay if group.weight_decay is None else group.weight_decay
         shape = "x".join(map(str, leaf.shape)) or "scalar"
@@ -159,7 +173,8 @@ def _summary(plan: Plan) -> list[str]:
         f"task        {task.name}",
         f"splits      {sizes['train']:,} train, {sizes['valid']:,} valid, {sizes['test']:,} test; length {task.length:,}",
         f"data        {task.cost()}",
-        f"parameters  {num_parameters(plan):,} ({nbytes(plan.state.params) / 2**20:.1f} MiB); "
+        f"parameters  {num_parameters(plan):,} ({nbytes(plan.params) / 2**20:.1f} MiB)"
+        f"{f' in each of {train.replicas} replicas' if train.replicas > 1 else ''}; "
         f"train state {nbytes(plan.state) / 2**20:.1f} MiB; batch {batch / 2**20:.1f} MiB; activations come on top",
         f"devices     {jax.device_count()} x {jax.devices()[0].device_kind}; "
         f"{train.batch_size} examples a step in {train.accumulate} micro-batch(es)",

@@ -40,7 +40,7 @@ class TrainState:
         return {"params": self.params if self.ema is None else self.ema, **self.variables}
 
 
-def init_state(model: nn.Module, tx: optax.GradientTransformation, seed: int, batch: Batch, *, ema: bool) -> TrainState:
+def init_state(model: nn.Module, tx: optax.GradientTransformation, seed: Any, batch: Batch, *, ema: bool) -> TrainState:
     """The state before the first step, from the seed and the shapes of a batch."""
     init_key, train_key = jax.random.split(jax.random.key(seed))
     variables = dict(model.init({"params": init_key}, batch["inputs"], context(batch, train=False)))

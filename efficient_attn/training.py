@@ -5,14 +5,15 @@ import dataclasses
 import functools
 import math
 import pathlib
-from collections.abc import Callable, Iterator, Mapping
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 from absl import logging
 from jax.sharding import Mesh
 
-from efficient_attn import optim, preemption, sharding, workdir
+from efficient_attn import optim, preemption, replicas, sharding, workdir
 from efficient_attn.arguments import ConfigError
 from efficient_attn.checkpoints import CheckpointError, Checkpoints
 from efficient_attn.config import MAY_CHANGE, Config, differences
@@ -33,24 +34,35 @@ class TrainingDiverged(Exception):
 
 @dataclasses.dataclass
 class Progress:
-    """What the loop remembers besides the train state; saved with it, so that a resumed run logs the same numbers."""
+    """What the loop remembers besides the train state; saved with it, so that a resumed run logs the same numbers.
+
+    best, best_step: of the validation metric, the mean over replicas. reached: the best that all replicas were at together.
+    """
 
     window: Window = dataclasses.field(default_factory=Window)
     best: float | None = None
     best_step: int | None = None
+    reached: float | None = None
     evaluations_since_best: int = 0
     finished: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        return {**{f.name: getattr(self, f.name) for f in dataclasses.fields(self)}, "window": self.window.totals}
+        return {**{f.name: getattr(self, f.name) for f in dataclasses.fields(self)}, "window": self.window.to_json()}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Progress":
         return cls(**{**values, "window": Window(values["window"])})
 
-    def note_evaluation(self, step: int, value: float, mode: str) -> None:
-        better = math.isfinite(value) and (self.best is None or (value > self.best if mode == "max" else value < self.best))
-        if better:
+    def note_evaluation(self, step: int, values: Sequence[float], mode: str) -> None:
+        """values: the validation metric of each replica."""
+
+        def better(value: float, best: float | None) -> bool:
+            return math.isfinite(value) and (best is None or (value > best if mode == "max" else value < best))
+
+        value, worst = statistics.mean(values), min(values) if mode == "max" else max(values)
+        if better(worst, self.reached):
+            self.reached = worst
+        if better(value, self.best):
             self.best, self.best_step, self.evaluations_since_best = value, step, 0
         else:
             self.evaluations_since_best += 1
@@ -58,8 +70,8 @@ class Progress:
     def why_finished(self, plan: Plan) -> str:
         """Which criterion of the configuration ends the run early; empty while none does."""
         metric, mode, goal, patience = plan.task.metric, plan.task.metric_mode, plan.train.early_stop, plan.train.patience
-        if goal and self.best is not None and (self.best >= goal if mode == "max" else self.best <= goal):
-            return f"valid {metric} {self.best:.4g} reached early_stop={goal:g}"
+        if goal and self.reached is not None and (self.reached >= goal if mode == "max" else self.reached <= goal):
+            return f"valid {metric} {self.reached:.4g} reached early_stop={goal:g}"
         if patience and self.evaluations_since_best >= patience:
             return f"no better valid {metric} in {patience} evaluations"
         return ""
@@ -188,8 +200,9 @@ class Loop:
         self.plan, self.mesh, self.checkpoints, self.metrics = plan, mesh, checkpoints, metrics
         self.displays, self.progress, self.stop = displays, progress, stop
         options = {"label_smoothing": plan.train.label_smoothing, "accumulate": plan.train.accumulate, "ema": plan.optimizer.ema}
-        self.train_step = jax.jit(functools.partial(train_step, plan.model, plan.tx, **options), donate_argnums=0)
-        self.eval_step = jax.jit(functools.partial(eval_step, plan.model))
+        step = replicas.train(functools.partial(train_step, plan.model, plan.tx, **options), plan.train.replicas)
+        self.train_step = jax.jit(step, donate_argnums=0)
+        self.eval_step = jax.jit(replicas.evaluate(functools.partial(eval_step, plan.model), plan.train.replicas))
         self.all_finite = jax.jit(all_finite)
         self.learning_rate = optim.learning_rate(plan.optimizer, plan.warmup, plan.total)
         self.valid = plan.task.source("valid")
@@ -200,7 +213,7 @@ class Loop:
         """Steps until the run's end, a stop request, or the early-stop criterion."""
         step = int(state.step)
         batches = train_batches(
-            self.plan.task.source("train"), batch_size=self.plan.train.batch_size, seed=self.plan.seed, start_step=step,
+            self.plan.task.source("train"), batch_size=self.plan.train.batch_size, seed=self.plan.data_seed, start_step=step,
             prefetch=self.plan.train.prefetch,
             process_index=jax.process_index(), process_count=jax.process_count(),
         )  # fmt: skip
@@ -269,24 +282,23 @@ class Loop:
             self.write(step, {**line, **validation})
             self.save(step, state, validation)
 
-    def evaluate(self, step: int, state: TrainState) -> dict[str, float]:
+    def evaluate(self, step: int, state: TrainState) -> dict[str, Any]:
         """Metrics on the validation split; notes whether they are the best, and whether the run should end."""
         plan, progress = self.plan, self.progress
         with self.clock.paused():
             window = evaluate(
                 self.eval_step, state.evaluated(), self.valid, plan, self.mesh, plan.train.max_eval_batches
             )  # fmt: skip
-        means = window.means("valid")
-        value = means[f"valid_{plan.task.metric}"]
-        progress.note_evaluation(step, value, plan.task.metric_mode)
+        progress.note_evaluation(step, window.by_seed(plan.task.metric), plan.task.metric_mode)
         progress.finished = progress.why_finished(plan)
-        return means
+        return window.means("valid")
 
-    def write(self, step: int, line: dict[str, float]) -> None:
+    def write(self, step: int, line: dict[str, Any]) -> None:
         if line:
             self.metrics.append({"step": step, **line})
+            scalars = {name: value for name, value in line.items() if not isinstance(value, list)}
             for display in self.displays:
-                display.metrics(step, line)
+                display.metrics(step, scalars)
 
     def save(self, step: int, state: TrainState, metrics: Mapping[str, float] | None) -> None:
         with self.clock.paused():

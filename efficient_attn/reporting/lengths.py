@@ -27,7 +27,7 @@ Row = dict[str, Any]
 
 
 def score(folder: pathlib.Path, lengths: Sequence[int]) -> list[Row]:
-    """One row for each length: the run's configuration, recipe and seed, and its best checkpoint's test metric.
+    """One row for each length and seed: the run's configuration, recipe and seed, and its best checkpoint's test metric.
 
     Raises `WorkdirError` where `folder` holds no run, or a model whose parameters depend on the length (learned positions).
     """
@@ -44,9 +44,12 @@ def score(folder: pathlib.Path, lengths: Sequence[int]) -> list[Row]:
         if jax.tree.map(lambda x: x.shape, plan.state) != jax.tree.map(lambda x: x.shape, trained.state):
             raise workdir.WorkdirError(f"{folder}: the model's parameters depend on the length; it has none for {length}")
         result = evaluation.score_best(plan, folder)
-        row = {key: config[key] for key in ("name", "recipe", "seed")} | {"trained_at": trained.task.length, "length": length}
-        row |= {"step": result["step"], plan.task.metric: result[f"test_{plan.task.metric}"]}
-        rows.append(row | {key: run[key] for key in ("commit", "device_kind", "cpu")} | {"arguments": run["argv"][1:]})
+        metric = plan.task.metric
+        made_with = {key: run[key] for key in ("commit", "device_kind", "cpu")} | {"arguments": run["argv"][1:]}
+        by_seed = result.get(f"test_{metric}_by_seed", [result[f"test_{metric}"]])
+        for seed, value in zip(plan.seeds, by_seed, strict=True):
+            row = {"name": config["name"], "recipe": config["recipe"], "seed": seed, "trained_at": trained.task.length}
+            rows.append(row | {"length": length, "step": result["step"], metric: value} | made_with)
     return rows
 
 

@@ -11,7 +11,7 @@ offer `batch(indices: int array [n]) -> stacked examples`; it is used instead of
 
 import functools
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from typing import Protocol, runtime_checkable
 
 import grain
@@ -34,7 +34,7 @@ def train_batches(
     source: Source,
     *,
     batch_size: int,
-    seed: int,
+    seed: int | Sequence[int],
     start_step: int = 0,
     num_threads: int = 2,
     prefetch: int = 4,
@@ -44,6 +44,7 @@ def train_batches(
     """The endless training stream from batch `start_step` on; this process's rows of it.
 
     `batch_size` is that of the global batch; process p of n gets the contiguous rows [p B / n, (p + 1) B / n).
+    Arrays are [B, ...]; of several seeds, or a sequence of one, [B, N, ...], each one's stream the one it has alone.
     `prefetch` counts batches held ready; 0 reads in the caller's thread. An error in the source is raised by `next`.
     Closing the generator (`.close()`, `contextlib.closing`) stops the threads after the reads they are in.
 
@@ -52,13 +53,15 @@ def train_batches(
         TaskError: the source is empty.
     """
     rows = _process_rows(batch_size, process_index, process_count)
-    if not 0 <= seed < 2**64 or start_step < 0:
+    seeds = [seed] if isinstance(seed, int) else seed
+    if not seeds or not all(0 <= s < 2**64 for s in seeds) or start_step < 0:
         raise ValueError(f"seed must be in [0, 2^64) and start_step >= 0; got {seed=}, {start_step=}")
-    order = ShuffledEpochs(_length(source), seed)
+    orders = [ShuffledEpochs(_length(source), seed) for seed in seeds]
 
     def read(step: int) -> Batch:
         first = step * batch_size
-        return read_rows(source, order[first + rows.start : first + rows.stop])
+        batches = [read_rows(source, order[first + rows.start : first + rows.stop]) for order in orders]
+        return batches[0] if isinstance(seed, int) else {key: np.stack([b[key] for b in batches], axis=1) for key in batches[0]}
 
     return _prefetched(read, range(start_step, sys.maxsize), num_threads, prefetch)
 
