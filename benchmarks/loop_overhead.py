@@ -19,7 +19,7 @@ import numpy as np
 from absl import app, flags
 
 from configs import quickstart
-from efficient_attn import preemption, sharding, workdir
+from efficient_attn import preemption, workdir
 from efficient_attn.checkpoints import Checkpoints
 from efficient_attn.display import PlainLines
 from efficient_attn.plan import make_plan
@@ -47,10 +47,10 @@ def make_config():
 class Bare:
     """The train step alone, on batches that already lie on the device."""
 
-    def __init__(self, plan, mesh):
+    def __init__(self, plan, placement):
         self.step = jax.jit(functools.partial(train_step, plan.model, plan.tx), donate_argnums=0)
         batches = train_batches(plan.task.source("train"), batch_size=plan.train.batch_size, seed=0)
-        self.batches = [sharding.put_batch(next(batches), mesh) for _ in range(8)]
+        self.batches = [placement.put(next(batches)) for _ in range(8)]
         batches.close()
         self.state = jax.jit(plan.init_state)()
 
@@ -65,13 +65,13 @@ class Bare:
 class Whole:
     """The train loop, a block of steps at a time."""
 
-    def __init__(self, plan, mesh, folder: pathlib.Path):
+    def __init__(self, plan, placement, folder: pathlib.Path):
         checkpoints = Checkpoints(folder / "checkpoints", metric="valid_accuracy", mode="max")
         metrics = workdir.MetricsFile(folder / "metrics.jsonl")
         displays = [PlainLines(0, plan.total)]
-        self.loop = Loop(plan, mesh, checkpoints, metrics, displays, Progress(), preemption.StopRequest())
+        self.loop = Loop(plan, placement, checkpoints, metrics, displays, Progress(), preemption.StopRequest())
         self.waits, self.folder, self.plan = [], folder, plan
-        self.state = jax.jit(plan.init_state, out_shardings=sharding.replicated(mesh))()
+        self.state = jax.jit(plan.init_state, out_shardings=placement.state)()
         self.batches = train_batches(plan.task.source("train"), batch_size=plan.train.batch_size, seed=0)
 
     def block(self, steps: int) -> float:
@@ -82,9 +82,10 @@ class Whole:
 
 
 def main(_):
-    mesh, plan = sharding.data_mesh(), make_plan(make_config())
+    plan = make_plan(make_config())
+    placement = plan.placement()
     with tempfile.TemporaryDirectory() as folder:
-        bare, whole = Bare(plan, mesh), Whole(plan, mesh, pathlib.Path(folder))
+        bare, whole = Bare(plan, placement), Whole(plan, placement, pathlib.Path(folder))
         for runner in (bare, whole):
             runner.block(STEPS.value)  # compile, and fill the read-ahead
         times = np.array([[bare.block(STEPS.value), whole.block(STEPS.value)] for _ in range(PAIRS.value)])

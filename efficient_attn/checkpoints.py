@@ -37,7 +37,7 @@ import orbax.checkpoint as ocp
 from absl import logging as absl_logging
 from jaxtyping import PyTree
 
-from efficient_attn import workdir
+from efficient_attn import distributed, workdir
 
 SEAL = "seal.json"
 KEEP_LATEST = 2
@@ -121,7 +121,7 @@ class Checkpoints:
         contents = {"step": step, "progress": _checked_json(progress), "metrics": workdir.jsonable(metrics or {})}
         self._handler.contents = {**contents, "arrays": _arrays(state)}
         try:
-            if step in self.steps() and self._is_whole(step):
+            if distributed.agreed(lambda: step in self.steps() and self._is_whole(step)):
                 self._amend(step, contents)
             else:
                 self._orbax.save(self._folder(step), args=_SaveArgs(state))
@@ -202,8 +202,8 @@ class Checkpoints:
 
     def _restore_first(self, steps: Iterable[int], abstract_state: PyTree) -> tuple[int, PyTree, dict[str, Any]] | None:
         self._whole.clear()  # verify anew: the disk may have changed since
-        found = next((step for step in steps if self._is_whole(step)), None)
-        return None if found is None else (found, *self._load(found, abstract_state))
+        found = distributed.agreed(lambda: next((step for step in steps if self._is_whole(step)), -1))
+        return None if found == -1 else (found, *self._load(found, abstract_state))
 
     def _load(self, step: int, abstract_state: PyTree) -> tuple[PyTree, dict[str, Any]]:
         folder = self._folder(step)

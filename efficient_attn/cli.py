@@ -11,15 +11,18 @@ from ml_collections import ConfigDict, config_flags
 
 from efficient_attn.arguments import ConfigError, suggest
 from efficient_attn.checkpoints import CheckpointError
+from efficient_attn.distributed import PeerError
 from efficient_attn.preemption import Preempted
 from efficient_attn.tasks.base import TaskError
 from efficient_attn.training import TrainingDiverged
 from efficient_attn.workdir import WorkdirBusy, WorkdirError
 
 EXIT_CODES = {
-    ConfigError: 2, TaskError: 2, WorkdirError: 2, CheckpointError: 3, TrainingDiverged: 4, WorkdirBusy: 5, Preempted: 75
+    ConfigError: 2, TaskError: 2, WorkdirError: 2, CheckpointError: 3, TrainingDiverged: 4, WorkdirBusy: 5, PeerError: 6,
+    Preempted: 75,
 }  # fmt: skip
-"""Exit status by error; 5: another run has the folder; 75 is sysexits' EX_TEMPFAIL: the same command continues the run."""
+"""Exit status by error; 5: another run has the folder; 6: another process of the run failed; 75 is sysexits' EX_TEMPFAIL: the
+same command continues the run."""
 
 
 def define_config() -> flags.FlagHolder:

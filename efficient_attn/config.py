@@ -1,8 +1,8 @@
 """Configurations: a task, a recipe and the defaults of every constructor make one complete ConfigDict.
 
-The values under `config.task`, `config.model`, `config.model.mixer`, `config.optimizer` and `config.train` are the keyword
-arguments of the constructors they configure. A recipe spells out only what differs from their defaults; `experiment` fills
-in the rest, so that every argument can be set from the command line and nothing is silently ignored.
+The values under `config.task`, `config.model`, `config.model.mixer`, `config.optimizer`, `config.train` and `config.sharding`
+are the keyword arguments of the constructors they configure. A recipe spells out only what differs from their defaults;
+`experiment` fills in the rest, so that every argument can be set from the command line and nothing is silently ignored.
 """
 
 import dataclasses
@@ -18,6 +18,7 @@ from efficient_attn import models, optim, positions, tasks
 from efficient_attn.arguments import ConfigError, arguments_of, check_arguments, is_optional, lookup
 from efficient_attn.mixers import MIXERS
 from efficient_attn.models import moe
+from efficient_attn.sharding import ShardingConfig
 
 Config = Mapping[str, Any] | ml_collections.ConfigDict
 """A configuration as the config files make it, or its normal form."""
@@ -25,9 +26,14 @@ Config = Mapping[str, Any] | ml_collections.ConfigDict
 MAY_CHANGE = (
     "train.duration", "train.eval_every", "train.checkpoint_every", "train.log_every", "train.eval_batch_size",
     "train.max_eval_batches", "train.early_stop", "train.patience", "train.tensorboard", "train.wandb", "train.prefetch",
-    "task.data_dir",
+    "task.data_dir", "sharding",
 )  # fmt: skip
-"""Fields that a resumed run may set otherwise than the run it continues."""
+"""Fields, and whole sections, that a resumed run may set otherwise than the run it continues."""
+
+
+def may_change(field: str) -> bool:
+    """Whether `field`, a dotted path, is one of `MAY_CHANGE` or in one of its sections."""
+    return field in MAY_CHANGE or field.partition(".")[0] in MAY_CHANGE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +84,10 @@ TABLES: Mapping[str, Callable[[str], Callable]] = {
 """Fields that hold dict(name=..., arguments): which constructor the name stands for."""
 
 
+SECTIONS = ("model", "optimizer", "train", "task", "sharding")
+"""What a recipe may hold."""
+
+
 def experiment(
     *,
     name: str,
@@ -85,19 +95,20 @@ def experiment(
     recipes: Mapping[str, Mapping[str, Any]],
     recipe: str,
     train: Mapping[str, Any] | None = None,
+    sharding: Mapping[str, Any] | None = None,
     seed: int = 0,
 ) -> ml_collections.ConfigDict:
     """The complete configuration of one of a file's recipes.
 
     name: the config file's; runs are named after it.
-    recipes: by mechanism, each with `model`, `optimizer`, `train` and `task` sections of constructor arguments.
+    recipes: by mechanism, each with sections of constructor arguments: `model`, `optimizer`, `train`, `task` and `sharding`.
     recipe: which one. Raises `ConfigError` if the file publishes none of that name.
-    train: arguments common to all recipes.
+    train, sharding: arguments common to all recipes.
     """
     chosen = lookup(recipes, recipe, f"recipe of configs/{name}.py")
-    unknown = set(chosen) - {"model", "optimizer", "train", "task"}
+    unknown = set(chosen) - {*SECTIONS}
     if unknown:
-        raise ConfigError(f"recipe {recipe!r} has unknown sections {sorted(unknown)}; known: model, optimizer, train, task")
+        raise ConfigError(f"recipe {recipe!r} has unknown sections {sorted(unknown)}; known: {', '.join(SECTIONS)}")
     task = {**task, **chosen.get("task", {})}
     task_class = lookup(tasks.TASKS, task.get("name"), "task.name")
     model = {"dtype": "float32", **chosen["model"]}
@@ -113,6 +124,7 @@ def experiment(
         "model": {**kept, **_complete(constructor, model, "model")},
         "optimizer": _complete(optim.OptimizerConfig, chosen.get("optimizer", {}), "optimizer"),
         "train": _complete(TrainConfig, {**(train or {}), **chosen.get("train", {})}, "train"),
+        "sharding": _complete(ShardingConfig, {**(sharding or {}), **chosen.get("sharding", {})}, "sharding"),
     }  # fmt: skip
     return ml_collections.ConfigDict(config, convert_dict=True).lock()
 

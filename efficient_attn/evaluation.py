@@ -23,7 +23,7 @@ def score_once(folder: pathlib.Path) -> dict[str, Any]:
     if not (folder / "run.json").exists():
         raise workdir.WorkdirError(f"{folder} holds no run (no run.json); give the --workdir of a train.py run")
     run = workdir.read_json(folder / "run.json")
-    plan = make_plan(run["config"])
+    plan = make_plan({**run["config"], "sharding": sharding.for_devices_here(run["config"].get("sharding", {}))})
     if run["data"] != plan.task.name:
         raise workdir.WorkdirError(f"the run's data were {run['data']} and are now {plan.task.name}; restore them to score it")
     stored = folder / "eval.json"
@@ -54,18 +54,19 @@ def _warn_if_stale(result: dict[str, Any], plan: Plan, folder: pathlib.Path) -> 
 
 def score_best(plan: Plan, folder: pathlib.Path) -> dict[str, Any]:
     """Test metrics of the best checkpoint, with its step and validation metrics."""
-    mesh = sharding.data_mesh()
+    placement = plan.placement()
     checkpoints = open_checkpoints(plan, folder)
-    placed = sharding.replicated(mesh)
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed), plan.state)
-    restored = checkpoints.restore_best(abstract)
+    restored = checkpoints.restore_best(placement.abstract(plan.state))
     if restored is None:
         what = "no checkpoint that is whole" if checkpoints.steps() else "no checkpoint yet; train until the first evaluation"
         raise workdir.WorkdirError(f"{folder} has {what}")
     step, state, _ = restored
     plan.task.prepare()
-    step_fn = jax.jit(replicas.evaluate(functools.partial(eval_step, plan.model), plan.train.replicas))
-    window = evaluate(step_fn, state.evaluated(), plan.task.source("test"), plan, mesh)
+    step_fn = jax.jit(
+        replicas.evaluate(functools.partial(eval_step, plan.model), plan.train.replicas), out_shardings=placement.whole
+    )
+    with jax.set_mesh(placement.mesh):
+        window = evaluate(step_fn, state.evaluated(), plan.task.source("test"), plan, placement)
     validation = checkpoints.metrics(step)
     checkpoints.close()
     return {"step": step, **window.means("test"), **validation, "selected_by": f"best valid_{plan.task.metric}"}

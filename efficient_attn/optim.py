@@ -1,4 +1,4 @@
-"""AdamW with a schedule, and with per-parameter settings from a table of regular expressions."""
+"""AdamW and SGD with a schedule, and with per-parameter settings from a table of regular expressions."""
 
 import dataclasses
 import re
@@ -18,16 +18,18 @@ PyTree = Any
 class OptimizerConfig:
     """`config.optimizer`.
 
+    algorithm: one of `ALGORITHMS`.
     learning_rate: the peak, reached after `warmup` (a duration) of linear increase from 0.
     schedule: one of `SCHEDULES`, over the run's duration.
     weight_decay: decoupled (Loshchilov & Hutter 2019): each step takes learning_rate * weight_decay of the parameter.
-    b1, b2, eps: Adam's (Kingma & Ba 2015).
+    b1, b2, eps: Adam's (Kingma & Ba 2015); of SGD, b1 is the momentum.
     clip_norm: largest global norm of the gradient; 0 is no limit.
     ema: decay of the running average of the parameters that is evaluated in their place; 0 is none.
     rules: (regular expression, settings) pairs; for each parameter the first whose expression matches the whole of its
         '/'-joined path gives its settings (see `Group`). A parameter without a rule is an error, so is an unused rule.
     """
 
+    algorithm: str = "adamw"
     learning_rate: float = 1e-3
     schedule: str = "cosine"
     warmup: str = "0 steps"
@@ -46,6 +48,13 @@ class Group:
 
     lr_mult: float = 1.0
     weight_decay: float | None = None
+
+
+ALGORITHMS: Mapping[str, Callable[[OptimizerConfig], optax.GradientTransformation]] = {
+    "adamw": lambda config: optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=jnp.float32),
+    "sgd": lambda config: optax.trace(config.b1, accumulator_dtype=jnp.float32) if config.b1 else optax.identity(),
+}
+"""What makes a step out of a gradient, before weight decay and learning rate, by the name `config.optimizer.algorithm` uses."""
 
 
 def _with_warmup(after: Callable) -> Callable:
@@ -115,13 +124,13 @@ def _rule(i: int, rule: Any) -> tuple[re.Pattern, Group]:
 
 
 def build(config: OptimizerConfig, params: PyTree, *, warmup: int, total: int) -> optax.GradientTransformation:
-    """AdamW over `params` (arrays or their shapes) for a run of `total` steps."""
+    """The configured optimiser of `params` (arrays or their shapes) for a run of `total` steps."""
     group = groups(config.rules, params)
     decay = jax.tree.map(lambda g: config.weight_decay if g.weight_decay is None else g.weight_decay, group)
     multiplier = jax.tree.map(lambda g: g.lr_mult, group)
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
-        optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=jnp.float32),
+        lookup(ALGORITHMS, config.algorithm, "optimizer.algorithm")(config),
         _stateless(lambda update, param, wd: update + wd * param, decay),
         _stateless(lambda update, param, mult: mult * update, multiplier),
         optax.scale_by_learning_rate(learning_rate(config, warmup, total)),

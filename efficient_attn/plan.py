@@ -27,6 +27,7 @@ class Plan:
 
     config: in normal form, as run.json holds it. total, eval_every, checkpoint_every: in steps.
     params: shapes and dtypes of the parameters, of one replica. state: those of the train state, of all replicas.
+    mesh: devices along each axis of the mesh. specs: how the state lies on it.
     """
 
     config: dict[str, Any]
@@ -40,7 +41,9 @@ class Plan:
     eval_every: int
     checkpoint_every: int
     params: Any
+    mesh: dict[str, int]
     state: TrainState | None
+    specs: TrainState | None
 
     @property
     def seed(self) -> int:
@@ -60,6 +63,10 @@ class Plan:
     def tokens_per_batch(self) -> int:
         rows = self.train.batch_size * self.train.replicas
         return rows * self.task.length * (2 if self.task.head == "match" else 1)
+
+    def placement(self) -> sharding.Placement:
+        """The mesh of devices. Raises `ConfigError` where the devices here cannot make it."""
+        return sharding.Placement(self.mesh, self.specs, self.task.length)
 
     def init_state(self) -> TrainState:
         """A fresh state. To be jitted."""
@@ -81,8 +88,13 @@ def make_plan(config: Config) -> Plan:
     train = _construct(TrainConfig, config["train"], "train")
     if not isinstance(config["seed"], int) or not 0 <= config["seed"] <= 2**32 - train.replicas:
         raise ConfigError(f"seed={config['seed']!r} must be an integer of at least 0 and less than 2^32, as its replicas' must")
-    sharding.check_divisible(train.batch_size, train.accumulate, "train.batch_size")
-    sharding.check_divisible(train.eval_batch_size or train.batch_size, 1, "train.eval_batch_size")
+    layout = _construct(sharding.ShardingConfig, config.get("sharding", {}), "sharding")  # older runs have no such section
+    mesh = sharding.mesh_shape(layout, jax.device_count())
+    sharding.check_rows(train.batch_size, train.accumulate, mesh, "train.batch_size")
+    sharding.check_rows(train.eval_batch_size or train.batch_size, 1, mesh, "train.eval_batch_size")
+    sharding.check_length(task.length, mesh)
+    if train.replicas > 1 and max(size for axis, size in mesh.items() if axis != "data") > 1:
+        raise ConfigError(f"train.replicas={train.replicas} go with the data axis alone; set the other axes of sharding to 1")
     if train.wandb and importlib.util.find_spec("wandb") is None:
         raise ConfigError("train.wandb=True needs the wandb package: pip install wandb")
     model = models.build(config["model"], task)
@@ -107,9 +119,12 @@ def make_plan(config: Config) -> Plan:
         eval_every=max(1, steps(train.eval_every, "train.eval_every")),
         checkpoint_every=max(1, steps(train.checkpoint_every, "train.checkpoint_every")),
         params=params,
+        mesh=mesh,
         state=None,
+        specs=None,
     )
-    return dataclasses.replace(plan, state=jax.eval_shape(plan.init_state))
+    state = jax.eval_shape(plan.init_state)
+    return dataclasses.replace(plan, state=state, specs=sharding.state_specs(layout, mesh, state, tx))
 
 
 def _construct(constructor: Any, values: Mapping[str, Any], field: str) -> Any:
@@ -151,6 +166,21 @@ def nbytes(tree: Any) -> int:
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
+def mib_per_device(plan: Plan) -> dict[str, float]:
+    """What each device of the mesh holds between steps, and while it takes one, but for activations and gathered parameters."""
+    batch = example_batch(plan.task, plan.train.batch_size)
+    params = plan.state.params, plan.specs.params
+    parts = {
+        "parameters": params,
+        "optimizer state": (plan.state.opt_state, plan.specs.opt_state),
+        "gradients": params,
+        "batch": (batch, {name: sharding.batch_spec(x.shape, plan.task.length) for name, x in batch.items()}),
+    }
+    if plan.state.ema is not None:
+        parts["average"] = params
+    return {name: sharding.nbytes_per_device(*part, plan.mesh) / 2**20 for name, part in parts.items()}
+
+
 def describe(plan: Plan) -> str:
     """The parameter table and what the run will do, for people."""
     groups = optim.groups(plan.optimizer.rules, plan.params)
@@ -168,6 +198,7 @@ def describe(plan: Plan) -> str:
 def _summary(plan: Plan) -> list[str]:
     train, task, sizes = plan.train, plan.task, plan.task.sizes
     batch = nbytes(example_batch(task, train.batch_size))
+    mesh = " x ".join(f"{axis} {size}" for axis, size in plan.mesh.items() if size > 1) or "1"
     epochs = plan.total * train.batch_size / sizes["train"]
     return [
         f"task        {task.name}",
@@ -176,8 +207,9 @@ def _summary(plan: Plan) -> list[str]:
         f"parameters  {num_parameters(plan):,} ({nbytes(plan.params) / 2**20:.1f} MiB)"
         f"{f' in each of {train.replicas} replicas' if train.replicas > 1 else ''}; "
         f"train state {nbytes(plan.state) / 2**20:.1f} MiB; batch {batch / 2**20:.1f} MiB; activations come on top",
-        f"devices     {jax.device_count()} x {jax.devices()[0].device_kind}; "
+        f"devices     {mesh} of {jax.device_count()} x {jax.devices()[0].device_kind} here; "
         f"{train.batch_size} examples a step in {train.accumulate} micro-batch(es)",
+        f"each        {', '.join(f'{name} {mib:.1f} MiB' for name, mib in mib_per_device(plan).items())}",
         f"run         {plan.total:,} steps = {epochs:.3g} epochs; warm-up {plan.warmup:,}; evaluates every {plan.eval_every:,}, "
         f"saves every {plan.checkpoint_every:,}",
     ]

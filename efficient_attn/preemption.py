@@ -1,8 +1,12 @@
 """Being asked to stop: SIGTERM and Ctrl-C end a run after the step it is in, or at once while it has nothing to save."""
 
 import contextlib
+import os
 import signal
 from collections.abc import Iterator
+
+import jax
+from jax.experimental import multihost_utils
 
 
 class Preempted(Exception):
@@ -33,6 +37,26 @@ class StopRequest:
     def __bool__(self) -> bool:
         return self.signal is not None
 
+    def reached(self, step: int) -> bool:
+        """Whether to stop after `step`. To be asked once after every step."""
+        return bool(self)
+
+
+class SharedStopRequest(StopRequest):
+    """Of several processes, any of which may get the signal: all stop after the same step.
+
+    `jax.distributed.initialize` has put its own handler in the place of SIGTERM's; Ctrl-C becomes a SIGTERM.
+    """
+
+    def note(self, number: int, frame: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        super().note(number, frame)
+
+    def reached(self, step: int) -> bool:
+        if multihost_utils.reached_preemption_sync_point(step):
+            self.signal = signal.SIGTERM
+        return self.signal is signal.SIGTERM
+
 
 @contextlib.contextmanager
 def watch() -> Iterator[StopRequest]:
@@ -40,8 +64,10 @@ def watch() -> Iterator[StopRequest]:
 
     Raises `Preempted` when a signal ends it before `defer` was called.
     """
-    request = StopRequest()
-    old = {number: signal.signal(number, request.note) for number in (signal.SIGTERM, signal.SIGINT)}
+    is_shared = jax.process_count() > 1
+    request = SharedStopRequest() if is_shared else StopRequest()
+    numbers = (signal.SIGINT,) if is_shared else (signal.SIGTERM, signal.SIGINT)
+    old = {number: signal.signal(number, request.note) for number in numbers}
     try:
         yield request
     except KeyboardInterrupt:

@@ -11,16 +11,16 @@ from typing import Any
 
 import jax
 from absl import logging
-from jax.sharding import Mesh
 
-from efficient_attn import optim, preemption, replicas, sharding, workdir
+from efficient_attn import distributed, optim, preemption, replicas, workdir
 from efficient_attn.arguments import ConfigError
 from efficient_attn.checkpoints import CheckpointError, Checkpoints
-from efficient_attn.config import MAY_CHANGE, Config, differences
+from efficient_attn.config import Config, differences, may_change
 from efficient_attn.display import Display, open_displays
 from efficient_attn.metrics import Window, first_non_finite
 from efficient_attn.plan import Plan, describe, make_plan
 from efficient_attn.preemption import Preempted
+from efficient_attn.sharding import Placement
 from efficient_attn.steps import TrainState, all_finite, eval_step, train_step
 from efficient_attn.tasks.pipeline import eval_batches, train_batches
 from efficient_attn.timing import Clock, Profiler
@@ -92,31 +92,43 @@ def train_and_evaluate(config: Config, folder: pathlib.Path, *, profile_steps: i
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(preemption.watch())
         plan = make_plan(config)
-        stack.enter_context(workdir.lock(folder))
-        open_run(plan, folder)
-        print(describe(plan), flush=True)
-        plan.task.prepare()  # interruptible at any moment: it resumes by itself
+        placement = plan.placement()
+
+        def claim_folder():
+            stack.enter_context(workdir.lock(folder))
+            open_run(plan, folder)
+            print(describe(plan), flush=True)
+
+        distributed.by_first(claim_folder)
+        distributed.by_first(plan.task.prepare)  # interruptible at any moment: it resumes by itself
+        if not distributed.is_first():
+            plan.task.prepare()  # where it does not see what the first process made
         stop.defer()
-        mesh = sharding.data_mesh()
         checkpoints = Checkpoints(
             folder / "checkpoints", metric=f"valid_{plan.task.metric}", mode=plan.task.metric_mode
         )  # fmt: skip
         stack.callback(checkpoints.close)
-        state, progress = restore_or_init(plan, checkpoints, mesh)
+        state, progress = restore_or_init(plan, checkpoints, placement)
         start = int(state.step)
-        metrics = workdir.MetricsFile(folder / "metrics.jsonl")
-        stack.callback(metrics.close)
-        metrics.truncate(start)
-        displays = stack.enter_context(
-            open_displays(
-                folder, plan.config, start=start, total=plan.total,
-                tensorboard=plan.train.tensorboard, wandb=plan.train.wandb,
-            )
+        metrics, displays = (
+            stack.enter_context(open_outputs(plan, folder, start)) if distributed.is_first() else (None, [])
         )  # fmt: skip
-        loop = Loop(plan, mesh, checkpoints, metrics, displays, progress, stop)
+        loop = Loop(plan, placement, checkpoints, metrics, displays, progress, stop)
         profiler = Profiler(folder / "profile", profile_steps, start, plan.total)
         stack.callback(profiler.close)
-        return loop.run(state, profiler), progress
+        with jax.set_mesh(placement.mesh):
+            return loop.run(state, profiler), progress
+
+
+@contextlib.contextmanager
+def open_outputs(plan: Plan, folder: pathlib.Path, start: int) -> Iterator[tuple[workdir.MetricsFile, list[Display]]]:
+    """Where lines of metrics go, from step `start` on: metrics.jsonl, and the displays."""
+    with contextlib.closing(workdir.MetricsFile(folder / "metrics.jsonl")) as metrics:
+        metrics.truncate(start)
+        with open_displays(
+            folder, plan.config, start=start, total=plan.total, tensorboard=plan.train.tensorboard, wandb=plan.train.wandb
+        ) as displays:
+            yield metrics, displays
 
 
 def open_run(plan: Plan, folder: pathlib.Path) -> None:
@@ -129,7 +141,7 @@ def open_run(plan: Plan, folder: pathlib.Path) -> None:
         if old["data"] != plan.task.name:
             raise ConfigError(f"the data of {folder} were {old['data']} and are now {plan.task.name}; choose another --workdir")
         changed = differences(old["config"], plan.config)
-        fixed = {k: v for k, v in changed.items() if k not in MAY_CHANGE}
+        fixed = {k: v for k, v in changed.items() if not may_change(k)}
         if fixed and has_started(folder):
             lines = "\n  ".join(f"{k}: {a!r} there, {b!r} now" for k, (a, b) in fixed.items())
             raise ConfigError(f"{folder} holds a run of another configuration; choose another --workdir.\n  {lines}")
@@ -146,42 +158,40 @@ def has_started(folder: pathlib.Path) -> bool:
     return (folder / "checkpoints").exists() or (metrics.exists() and metrics.stat().st_size > 0)
 
 
-def restore_or_init(plan: Plan, checkpoints: Checkpoints, mesh: Mesh) -> tuple[TrainState, Progress]:
-    """The newest whole checkpoint's state and progress, or fresh ones; the state on every device of the mesh."""
-    placed = sharding.replicated(mesh)
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed), plan.state)
+def restore_or_init(plan: Plan, checkpoints: Checkpoints, placement: Placement) -> tuple[TrainState, Progress]:
+    """The newest whole checkpoint's state and progress, or fresh ones; the state laid out on the mesh."""
     had_steps = bool(checkpoints.steps()) or any(checkpoints.directory.glob("*.damaged*"))
-    restored = checkpoints.restore_latest(abstract)
+    restored = checkpoints.restore_latest(placement.abstract(plan.state))
     if restored is None and had_steps:
         raise CheckpointError(
             f"no checkpoint in {checkpoints.directory} is whole; the rest of the folder is as it was. "
             "Choose another --workdir to start over."
         )
     if restored is None:
-        return jax.jit(plan.init_state, out_shardings=placed)(), Progress()
+        return jax.jit(plan.init_state, out_shardings=placement.state)(), Progress()
     step, state, saved = restored
-    print(f"continuing from step {step}", flush=True)
+    if distributed.is_first():
+        print(f"continuing from step {step}", flush=True)
     progress = Progress.from_json(saved)
     progress.finished = progress.why_finished(plan)  # the criteria may have changed
     return state, progress
 
 
-def evaluate(step_fn: Callable, variables: PyTree, source: Any, plan: Plan, mesh: Mesh, max_batches: int = 0) -> Window:
+def evaluate(step_fn: Callable, variables: PyTree, source: Any, plan: Plan, placement: Placement, max_batches: int = 0) -> Window:
     """Sums of the metrics over a split (its first `max_batches` batches, if that is not 0).
 
     step_fn: `eval_step` bound to the model and jitted.
     """
     window = Window()
     batches = eval_batches(
-        source, batch_size=plan.train.eval_batch_size or plan.train.batch_size,
-        process_index=jax.process_index(), process_count=jax.process_count(),
+        source, batch_size=plan.train.eval_batch_size or plan.train.batch_size, **placement.rows()
     )  # fmt: skip
     with contextlib.closing(batches):
         pending = None
         for i, batch in enumerate(batches):
             if max_batches and i >= max_batches:
                 break
-            sums = step_fn(variables, sharding.put_batch(batch, mesh))
+            sums = step_fn(variables, placement.put(batch))
             if pending is not None:
                 window.add(jax.device_get(pending))
             pending = sums
@@ -196,14 +206,15 @@ class Loop:
     evaluated, saved or ended the loop catches up.
     """
 
-    def __init__(self, plan: Plan, mesh, checkpoints, metrics, displays: list[Display], progress: Progress, stop):
-        self.plan, self.mesh, self.checkpoints, self.metrics = plan, mesh, checkpoints, metrics
+    def __init__(self, plan: Plan, placement: Placement, checkpoints, metrics, displays: list[Display], progress: Progress, stop):
+        self.plan, self.placement, self.checkpoints, self.metrics = plan, placement, checkpoints, metrics
         self.displays, self.progress, self.stop = displays, progress, stop
         options = {"label_smoothing": plan.train.label_smoothing, "accumulate": plan.train.accumulate, "ema": plan.optimizer.ema}
         step = replicas.train(functools.partial(train_step, plan.model, plan.tx, **options), plan.train.replicas)
-        self.train_step = jax.jit(step, donate_argnums=0)
-        self.eval_step = jax.jit(replicas.evaluate(functools.partial(eval_step, plan.model), plan.train.replicas))
-        self.all_finite = jax.jit(all_finite)
+        self.train_step = jax.jit(step, donate_argnums=0, out_shardings=(placement.state, placement.whole))
+        score = replicas.evaluate(functools.partial(eval_step, plan.model), plan.train.replicas)
+        self.eval_step = jax.jit(score, out_shardings=placement.whole)
+        self.all_finite = jax.jit(all_finite, out_shardings=placement.whole)
         self.learning_rate = optim.learning_rate(plan.optimizer, plan.warmup, plan.total)
         self.valid = plan.task.source("valid")
         self.pending = None  # (step, its sums, still on the device)
@@ -214,8 +225,7 @@ class Loop:
         step = int(state.step)
         batches = train_batches(
             self.plan.task.source("train"), batch_size=self.plan.train.batch_size, seed=self.plan.data_seed, start_step=step,
-            prefetch=self.plan.train.prefetch,
-            process_index=jax.process_index(), process_count=jax.process_count(),
+            prefetch=self.plan.train.prefetch, **self.placement.rows(),
         )  # fmt: skip
         with contextlib.closing(batches):
             self.clock.start()
@@ -230,7 +240,7 @@ class Loop:
             profiler.at(step - 1)
             with self.clock.waiting():
                 batch = next(batches)
-            state, sums = self.train_step(state, sharding.put_batch(batch, self.mesh))
+            state, sums = self.train_step(state, self.placement.put(batch))
             self.clock.dispatched += 1
             self.collect()
             self.pending = (step, sums)
@@ -241,13 +251,13 @@ class Loop:
         """Evaluate, save and stop where that is due after this step."""
         for display in self.displays:
             display.step(step)
-        last = step == self.plan.total
+        last, stopping = step == self.plan.total, self.stop.reached(step)
         if last or step % self.plan.eval_every == 0:
             self.collect(state=state)
-        elif self.stop or step % self.plan.checkpoint_every == 0:
+        elif stopping or step % self.plan.checkpoint_every == 0:
             self.collect()
             self.save(step, state, None)
-        if self.stop and not last:
+        if stopping and not last:
             self.checkpoints.wait()
             raise Preempted(f"stopped by {self.stop.signal.name} after step {step}, which is saved; run again to continue")
         if last or self.progress.finished:
@@ -287,14 +297,14 @@ class Loop:
         plan, progress = self.plan, self.progress
         with self.clock.paused():
             window = evaluate(
-                self.eval_step, state.evaluated(), self.valid, plan, self.mesh, plan.train.max_eval_batches
+                self.eval_step, state.evaluated(), self.valid, plan, self.placement, plan.train.max_eval_batches
             )  # fmt: skip
         progress.note_evaluation(step, window.by_seed(plan.task.metric), plan.task.metric_mode)
         progress.finished = progress.why_finished(plan)
         return window.means("valid")
 
     def write(self, step: int, line: dict[str, Any]) -> None:
-        if line:
+        if line and self.metrics is not None:
             self.metrics.append({"step": step, **line})
             scalars = {name: value for name, value in line.items() if not isinstance(value, list)}
             for display in self.displays:
