@@ -25,11 +25,14 @@ reformer_small.
 
 Of configs/recipes_hierarchy.py, whose table has the published figures: fnet, h_transformer_1d, combiner, bp_transformer.
 
+Of configs/recipes_cpu.py: NAME_cpu, in miniature, of which nothing is published.
+
 Of configs/recipes_mamba.py: mamba, whose published figures disagree (MetaLA 38.0, xLSTM 32.5).
 """
 
 from configs.recipes import lra_sparse, lra_transformer, s5, small_transformer
 from configs.recipes_content import lra_content, small_content
+from configs.recipes_cpu import lra_cpu
 from configs.recipes_hierarchy import lra_hierarchy
 from configs.recipes_low_rank import lra_low_rank, small_low_rank
 from configs.recipes_mamba import lra_mamba
@@ -68,6 +71,7 @@ RECIPES = {
         ),
     },
     "transformer_short": {"task": SHORT, **small_transformer(batch=64, steps=7_000, warmup=500, lr=1e-3)},
+    **lra_cpu("listops"),
 }  # fmt: skip
 
 

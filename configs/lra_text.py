@@ -21,11 +21,14 @@ reformer_small.
 Of configs/recipes_hierarchy.py, whose table has the published figures: fnet, h_transformer_1d, combiner, bp_transformer; and
 han, of which none is known on bytes.
 
+Of configs/recipes_cpu.py: NAME_cpu, in miniature, of which nothing is published.
+
 Of configs/recipes_mamba.py: mamba, whose published figures disagree (MetaLA 83.0).
 """
 
 from configs.recipes import lra_sparse, lra_transformer, s5, small_transformer
 from configs.recipes_content import lra_content, small_content
+from configs.recipes_cpu import lra_cpu
 from configs.recipes_hierarchy import HAN, lra_hierarchy
 from configs.recipes_low_rank import lra_low_rank, small_low_rank
 from configs.recipes_mamba import lra_mamba
@@ -59,6 +62,7 @@ RECIPES = {
     "bigbird_small": {"task": dict(max_bytes=4000), **small_transformer(**SMALL, mixer=dict(name="bigbird"))},
     **{n: {"task": dict(max_bytes=4000), **recipe} for n, recipe in small_low_rank(SMALL, max_length=4000).items()},
     **{n: {"task": dict(max_bytes=4000), **recipe} for n, recipe in small_content(SMALL).items()},
+    **lra_cpu("text"),
 }  # fmt: skip
 
 

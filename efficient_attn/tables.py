@@ -185,14 +185,14 @@ class Table:
 def published(
     columns: Iterable[str], source: str, rows: Mapping[str, Iterable[Any]], note: str = ""
 ) -> dict[str, dict[str, Published]]:
-    """Rows of printed figures: numbers, words, (number, standard deviation), or None where nothing is printed."""
+    """Rows of printed figures: numbers, words, (number, standard deviation), a `Published`, or None where nothing is printed."""
     table: dict[str, dict[str, Published]] = {}
     for row, values in rows.items():
         table[row] = {}
         for column, value in zip(columns, values, strict=True):
             value, std = value if isinstance(value, tuple) else (value, None)
             if value is not None:
-                table[row][column] = Published(value, source, std, note)
+                table[row][column] = value if isinstance(value, Published) else Published(value, source, std, note)
     return table
 
 
