@@ -254,7 +254,8 @@ def run_info() -> dict[str, Any]:
     commit = _git("rev-parse", "HEAD")
     changes = _git("status", "--porcelain")
     flags = {name: os.environ[name] for name in sorted(os.environ) if name in FLAGS or name.startswith("JAX_")}
-    flags.pop("JAX_COORDINATOR_ADDRESS", None)
+    for name in ("JAX_COORDINATOR_ADDRESS", "JAX_COMPILATION_CACHE_DIR"):  # a place, on which no result depends
+        flags.pop(name, None)
     return {
         "argv": [pathlib.Path(sys.argv[0]).name, *sys.argv[1:]],
         "os": platform.platform(),

@@ -45,7 +45,7 @@ AVERAGES = {
 
 @pytest.mark.parametrize("protocol", AVERAGES)
 def test_published_rows_have_the_averages_that_papers_print(protocol):
-    """The printed averages are not in the table: they tell whether its figures were copied right, and which tasks they are over."""
+    """The printed averages are not in the table: they tell if its figures are right, and over which tasks."""
     table = tables.load(tables.ROOT / "configs/tables/lra.py")
     for row, printed in AVERAGES[protocol].items():
         figures = [table.published[protocol][row][column].value for column in table.protocols[protocol].average]
