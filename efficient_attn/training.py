@@ -15,13 +15,14 @@ from absl import logging
 from efficient_attn import distributed, optim, preemption, replicas, workdir
 from efficient_attn.arguments import ConfigError
 from efficient_attn.checkpoints import CheckpointError, Checkpoints
-from efficient_attn.config import Config, differences, may_change
+from efficient_attn.config import Config, TrainConfig, differences, may_change
 from efficient_attn.display import Display, open_displays
 from efficient_attn.metrics import Window, first_non_finite
 from efficient_attn.plan import Plan, describe, make_plan
 from efficient_attn.preemption import Preempted
 from efficient_attn.sharding import Placement
 from efficient_attn.steps import TrainState, all_finite, eval_step, train_step
+from efficient_attn.tasks.base import Task
 from efficient_attn.tasks.pipeline import eval_batches, train_batches
 from efficient_attn.timing import Clock, Profiler
 
@@ -67,9 +68,9 @@ class Progress:
         else:
             self.evaluations_since_best += 1
 
-    def why_finished(self, plan: Plan) -> str:
+    def why_finished(self, task: Task | type[Task], train: TrainConfig) -> str:
         """Which criterion of the configuration ends the run early; empty while none does."""
-        metric, mode, goal, patience = plan.task.metric, plan.task.metric_mode, plan.train.early_stop, plan.train.patience
+        metric, mode, goal, patience = task.metric, task.metric_mode, train.early_stop, train.patience
         if goal and self.reached is not None and (self.reached >= goal if mode == "max" else self.reached <= goal):
             return f"valid {metric} {self.reached:.4g} reached early_stop={goal:g}"
         if patience and self.evaluations_since_best >= patience:
@@ -173,7 +174,7 @@ def restore_or_init(plan: Plan, checkpoints: Checkpoints, placement: Placement) 
     if distributed.is_first():
         print(f"continuing from step {step}", flush=True)
     progress = Progress.from_json(saved)
-    progress.finished = progress.why_finished(plan)  # the criteria may have changed
+    progress.finished = progress.why_finished(plan.task, plan.train)  # the criteria may have changed
     return state, progress
 
 
@@ -300,7 +301,7 @@ class Loop:
                 self.eval_step, state.evaluated(), self.valid, plan, self.placement, plan.train.max_eval_batches
             )  # fmt: skip
         progress.note_evaluation(step, window.by_seed(plan.task.metric), plan.task.metric_mode)
-        progress.finished = progress.why_finished(plan)
+        progress.finished = progress.why_finished(plan.task, plan.train)
         return window.means("valid")
 
     def write(self, step: int, line: dict[str, Any]) -> None:

@@ -142,6 +142,15 @@ def write_json(path: pathlib.Path, obj: Any) -> None:
     _write_atomically(path, (json.dumps(jsonable(obj), indent=1, allow_nan=False) + "\n").encode())
 
 
+def write_text(path: pathlib.Path, text: str) -> None:
+    """Write `text` to `path` atomically, its folder too where that is missing. Raises `WorkdirError` as `write_json` does."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise WorkdirError(f"cannot make the folder {path.parent}: {error.strerror}.") from error
+    _write_atomically(path, text.encode())
+
+
 def read_json(path: pathlib.Path) -> Any:
     """What `write_json` wrote. Raises `FileNotFoundError`, or `WorkdirError` where the file is not JSON."""
     try:

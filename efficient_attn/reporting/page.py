@@ -1,0 +1,172 @@
+"""The HTML page of a summary: one file, no network, no scripts; everything it shows is escaped."""
+
+import functools
+import json
+import pathlib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from efficient_attn.reporting import plots, text
+from efficient_attn.reporting.costs import Cost, Costs
+from efficient_attn.reporting.plots import Bubble, Line
+from efficient_attn.reporting.runs import State
+from efficient_attn.reporting.summary import Figure, Section, Summary
+
+TEMPLATES = pathlib.Path(__file__).parent / "templates"
+
+Panel = tuple[str, Markup]
+"""Title, and an SVG."""
+
+
+def environment() -> jinja2.Environment:
+    """Templates that escape whatever is put in, but for the figures made here."""
+    loader = jinja2.FileSystemLoader(TEMPLATES)
+    strict = dict(autoescape=True, undefined=jinja2.StrictUndefined)
+    env = jinja2.Environment(loader=loader, trim_blocks=True, lstrip_blocks=True, **strict)
+    env.globals |= {"text": text, "style": plots.style, "palette": list(plots.palette()), "State": State}
+    env.filters["pretty"] = functools.partial(json.dumps, indent=1)
+    return env
+
+
+def render(summary: Summary, costs: Costs, speeds: Mapping[str, Any]) -> str:
+    """The page; sections with figures of ours come first.
+
+    costs: by folder of a run, what its training step needs. speeds: by mixer, its cost against length.
+    """
+    in_order = sorted(summary.sections, key=lambda section: all(figure.mean is None for figure in section))
+    views = [SectionView(section, i, summary, costs, speeds) for i, section in enumerate(in_order)]
+    return environment().get_template("table.html").render(summary=summary, views=views)
+
+
+class SectionView:
+    """A section with what only a page has: anchors, styles of rows, figures."""
+
+    def __init__(self, section: Section, number: int, summary: Summary, costs: Costs, speeds: Mapping[str, Any]):
+        self.section, self.number, self.summary, self.costs, self.speeds = section, number, summary, costs, speeds
+        self.percent = section.metric.unit == "%"
+        self.floors = text.floor_rows(section)
+        self.notes = text.notes(section)
+        drawn = [row for row, figures in section.figures.items() if any(f.mean is not None for f in figures.values())]
+        self.styles = {row: plots.style(i) for i, row in enumerate(drawn)}
+
+    def anchor(self, figure: Figure) -> str:
+        rows, columns = list(self.section.figures), self.section.protocol.columns
+        return f"s{self.number}-r{rows.index(figure.row)}-c{columns.index(figure.column)}"
+
+    def cost(self, figure: Figure) -> Cost | None:
+        """What a step of the figure's runs needs, where that was measured."""
+        members = [member for candidate in figure.candidates for member in candidate.members]
+        return next((self.costs[run.folder] for _, run in members if run.folder in self.costs), None)
+
+    @property
+    def has_runs(self) -> bool:
+        return any(figure.candidates for figure in self.section)
+
+    @property
+    def curves(self) -> list[Panel]:
+        """A panel for each column: the validation metric of every seed behind its figures, against steps."""
+        panels = []
+        key = self.section.metric.key.replace("test_", "valid_")
+        for column in self.section.protocol.columns:
+            lines = []
+            for row, style in self.styles.items():
+                chosen = self.section.figures[row][column].chosen
+                finished = [run for _, run in chosen.members if run.state == State.FINISHED] if chosen else []
+                for points in (points for run in finished for points in run.curves(key) if points):
+                    lines.append(Line(style, [(step, self.section.metric.scale * value) for step, value in points]))
+            if lines:
+                floors = self.section.protocol.floors.get(column, {})
+                panels.append((column, Markup(plots.curves(lines, floors, self.percent))))
+        return panels
+
+    @property
+    def trends(self) -> tuple[str, list[Panel]]:
+        """The name of the size that the columns vary, and figures against it: a panel for each value of the other sizes."""
+        found = {column: sizes for column in self.section.protocol.columns if (sizes := sizes_of(column))}
+        names = {tuple(sizes) for sizes in found.values()}
+        if len(found) < 2 or len(found) < len(self.section.protocol.columns) or len(names) > 1:
+            return "", []
+        *_, last = names.pop()
+        groups: dict[str, dict[float, str]] = {}
+        for column, sizes in found.items():
+            fixed = ", ".join(f"{name} = {value:g}" for name, value in sizes.items() if name != last)
+            groups.setdefault(fixed, {})[sizes[last]] = column
+        panels = [(title, self._trend(columns, last)) for title, columns in groups.items() if len(columns) > 1]
+        return last, [(title, svg) for title, svg in panels if svg]
+
+    def _trend(self, columns: Mapping[float, str], size: str) -> Markup:
+        lines = []
+        for row, style in self.styles.items():
+            figures = {x: self.section.figures[row][column] for x, column in columns.items()}
+            measured = {x: figure for x, figure in figures.items() if figure.mean is not None}
+            if measured:
+                spread = [figure.sd or 0.0 for figure in measured.values()]
+                lines.append(Line(style, [(x, figure.mean) for x, figure in measured.items()], spread if any(spread) else ()))
+        floors = self.section.protocol.floors.get(next(iter(columns.values())), {})
+        log_y = not self.percent and all(y > 0 for line in lines for _, y in line.points)
+        return Markup(plots.trend(lines, floors, size, unit=self.section.metric.unit, log_y=log_y)) if lines else Markup("")
+
+    @property
+    def bubbles(self) -> list[Panel]:
+        """A panel for each column in which several rows ran: figure against training speed, memory as area."""
+        panels = []
+        for column in self.section.protocol.columns:
+            found = [bubble for row in self.styles if (bubble := self._bubble(self.section.figures[row][column]))]
+            if len(found) > 1:
+                panels.append((column, Markup(plots.bubbles(found, "training tokens a second", unit=self.section.metric.unit))))
+        return panels
+
+    def _bubble(self, figure: Figure) -> Bubble | None:
+        finished = [run for _, run in figure.chosen.members if run.state == State.FINISHED] if figure.chosen else []
+        rates = [rate for run in finished if (rate := run.rate("tokens_per_second"))]
+        if not rates:
+            return None
+        cost = self.cost(figure)
+        area = float(cost["step_bytes"]) if cost else 0.0
+        return Bubble(self.styles[figure.row], figure.row, sum(rates) / len(rates), figure.mean, area)
+
+    @property
+    def timed(self) -> dict[str, Mapping[str, Any]]:
+        """Row -> cost against length of its mixer, where its runs have one mixer and the benchmark timed that."""
+        found = {}
+        for row in self.styles:
+            mixers = {mixer for figure in self.section.figures[row].values() for mixer in mixers_of(figure)}
+            if len(mixers) == 1 and (name := mixers.pop()) in self.speeds:
+                found[row] = self.speeds[name]
+        return found
+
+    @property
+    def lengths(self) -> list[Panel]:
+        """Milliseconds and megabytes of a training step against length, of the mixers of this section's rows."""
+        panels, timed = [], self.timed
+        for kind, title in (("ms", "milliseconds a step"), ("mb", "megabytes")):
+            points = {row: [(int(n), value) for n, value in speed[kind].items()] for row, speed in timed.items()}
+            lines = [Line(self.styles[row], found) for row, found in points.items() if found]
+            if lines:
+                panels.append((title, Markup(plots.trend(lines, {}, "length", unit="", log_y=True))))
+        return panels
+
+    def styles_of(self, rows: Iterable[str]) -> dict[str, plots.Style]:
+        return {row: self.styles[row] for row in rows}
+
+
+def mixers_of(figure: Figure) -> Sequence[str]:
+    """Names of the mixers that the chosen runs of a figure have."""
+    runs = [run for _, run in figure.chosen.members if run.config] if figure.chosen else []
+    found: dict[str, None] = {}
+    for run in runs:
+        mixer = run.config["model"].get("mixer", {})
+        found |= {m["name"]: None for m in (mixer if isinstance(mixer, list) else [mixer]) if "name" in m}
+    return list(found)
+
+
+def sizes_of(column: str) -> dict[str, float]:
+    """The sizes that a column's name states: "L=64 d=128", or one length alone, "4K" or "512"; empty where it states none."""
+    if match := re.fullmatch(r"(\d+)(K?)", column):
+        return {"length": float(match[1]) * (1024 if match[2] else 1)}
+    pairs = re.findall(r"(\w+)\s*=\s*(\d+(?:\.\d+)?)", column)
+    return {name: float(value) for name, value in pairs}

@@ -1,0 +1,220 @@
+"""Figures of a report page: small SVGs that take their colours and their font from the page, so that they follow its theme.
+
+Rows of a table keep one style on all figures of a section: `style(i)`. What the colours stand for is said once, in HTML.
+"""
+
+import dataclasses
+import io
+import re
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+Number = int | float
+Points = Sequence[tuple[Number, Number]]
+
+COLOURS = 7
+DASHES = ("", "5 2", "1.2 1.8", "7 2 1.2 2")
+INK = "#a1b2f0"
+_MARKED = re.compile(r"#a1b2(f0|0[0-6])")
+
+PANEL = (3.5, 2.45)
+"""Inches. A page scales a panel to its column; text of 8 points is then 11 to 13 pixels high."""
+
+matplotlib.rcParams["svg.hashsalt"] = "report"
+RC = {
+    "font.size": 8, "svg.fonttype": "none", "axes.spines.top": False, "axes.spines.right": False, "text.color": INK,
+    "axes.edgecolor": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.linewidth": 0.6,
+    "xtick.major.width": 0.6, "ytick.major.width": 0.6, "xtick.major.size": 3, "ytick.major.size": 0, "axes.grid": True,
+    "axes.grid.axis": "y", "grid.color": INK, "grid.alpha": 0.15, "grid.linewidth": 0.6, "lines.solid_capstyle": "round",
+    "path.simplify_threshold": 0.5, "axes.axisbelow": True,
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Style:
+    """How a row is drawn: a colour of the page's palette (colour-blind safe; 0 to 6) and a dash pattern in points."""
+
+    colour: int
+    dash: str
+
+    @property
+    def hex(self) -> str:
+        return f"#a1b2{self.colour:02x}"
+
+    @property
+    def line(self) -> Any:
+        return (0, tuple(float(x) for x in self.dash.split())) if self.dash else "-"
+
+
+def style(i: int) -> Style:
+    return Style(i % COLOURS, DASHES[i // COLOURS % len(DASHES)])
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """spread: half the height of a band about the line, by point; () for none."""
+
+    style: Style
+    points: Points
+    spread: Sequence[Number] = ()
+
+
+def _panel(draw: Callable[[Axes], None]) -> str:
+    with matplotlib.rc_context(RC):
+        figure = Figure(figsize=PANEL, layout="constrained")
+        axes = figure.subplots()
+        axes.spines["left"].set_visible(False)
+        draw(axes)
+        return _as_svg(figure)
+
+
+def curves(lines: Sequence[Line], floors: Mapping[str, float], percent: bool) -> str:
+    """Values against training steps, every seed a line; floors dashed, with their names."""
+
+    def draw(axes: Axes) -> None:
+        for line in lines:
+            axes.plot(*zip(*thinned(line.points)), color=line.style.hex, linestyle=line.style.line, linewidth=1.1, alpha=0.9)
+        _floors(axes, floors)
+        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: short(x)))
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.set_xlim(left=0)
+        axes.set_xlabel("step", labelpad=1)
+        if percent:
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g} %"))
+
+    return _panel(draw)
+
+
+def trend(lines: Sequence[Line], floors: Mapping[str, float], xlabel: str, *, unit: str, log_y: bool = False) -> str:
+    """Figures against a size on a logarithmic axis, with bands of a standard deviation."""
+
+    def draw(axes: Axes) -> None:
+        for line in lines:
+            x, y = zip(*line.points)
+            axes.plot(x, y, color=line.style.hex, linestyle=line.style.line, linewidth=1.3, marker="o", markersize=3)
+            if line.spread:
+                low, high = [a - s for a, s in zip(y, line.spread)], [a + s for a, s in zip(y, line.spread)]
+                axes.fill_between(x, low, high, color=line.style.hex, alpha=0.15, linewidth=0)
+        _floors(axes, floors)
+        axes.set_xscale("log", base=2)
+        ticks = sorted({x for line in lines for x, _ in line.points})
+        axes.set_xticks(ticks, [short(x, 1024) for x in ticks])
+        axes.xaxis.set_minor_locator(NullLocator())
+        if log_y:
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(10))
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+            axes.yaxis.set_minor_locator(NullLocator())
+        else:
+            axes.yaxis.set_major_locator(MaxNLocator(5))
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g} %" if unit == "%" else f"{y:g}"))
+        axes.set_xlabel(xlabel, labelpad=1)
+
+    return _panel(draw)
+
+
+@dataclasses.dataclass(frozen=True)
+class Bubble:
+    """A row: its speed, its figure, and the memory that the area is proportional to."""
+
+    style: Style
+    label: str
+    x: Number
+    y: Number
+    area: Number
+
+
+def bubbles(found: Sequence[Bubble], xlabel: str, *, unit: str) -> str:
+    """Long Range Arena's figure 3: quality against speed, memory as area; every bubble is labelled."""
+
+    def draw(axes: Axes) -> None:
+        largest = max(bubble.area for bubble in found) or 1.0
+        for bubble in found:
+            size = 420 * (bubble.area or 0.0) / largest
+            axes.scatter(bubble.x, bubble.y, s=size, color=bubble.style.hex, alpha=0.45, linewidth=0)
+            axes.scatter(bubble.x, bubble.y, s=4, color=bubble.style.hex, linewidth=0)
+        axes.set_xscale("log")
+        axes.margins(0.22)
+        axes.xaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: short(x)))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g} %" if unit == "%" else f"{y:g}"))
+        axes.set_xlabel(xlabel, labelpad=1)
+        for bubble, y in zip(found, _apart(axes, found)):
+            axes.annotate(
+                bubble.label, (bubble.x, y), (5, 0), textcoords="offset points", va="center", fontsize=7, color=bubble.style.hex
+            )
+
+    return _panel(draw)
+
+
+def _apart(axes: Axes, found: Sequence[Bubble]) -> list[float]:
+    """Heights for the labels: the bubbles' own, moved up where two would lie on each other."""
+    low, high = axes.get_ylim()
+    gap, heights, last = (high - low) * 0.07, {}, -float("inf")
+    for i, bubble in sorted(enumerate(found), key=lambda item: item[1].y):
+        last = heights[i] = max(bubble.y, last + gap)
+    return [heights[i] for i in range(len(found))]
+
+
+def _floors(axes: Axes, floors: Mapping[str, float]) -> None:
+    for name, value in floors.items():
+        axes.axhline(value, color=INK, alpha=0.55, linewidth=0.7, linestyle=(0, (2, 2)))
+        axes.annotate(
+            f"{name} {value:.1f}", (1, value), (0, 2), xycoords=("axes fraction", "data"), textcoords="offset points", ha="right",
+            fontsize=6.5, alpha=0.75,
+        )  # fmt: skip
+
+
+def thinned(points: Points, most: int = 160) -> Points:
+    """Evenly spaced points of a curve, the last one among them."""
+    if len(points) <= most:
+        return points
+    return [points[round(i * (len(points) - 1) / (most - 1))] for i in range(most)]
+
+
+def short(value: Number, base: int = 1000) -> str:
+    """4000 as 4k; with base 1024, 4096 as 4K."""
+    letter = "k" if base == 1000 else "K"
+    return f"{value / base:g}{letter}" if value >= base and (base == 1000 or value % base == 0) else f"{value:g}"
+
+
+def _as_svg(figure: Figure) -> str:
+    """The figure as an element of an HTML page: no prologue, no fixed size, ids of its own, colours by the page's variables."""
+    out = io.StringIO()
+    figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    svg = out.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<(metadata|style).*?</\1>", "", svg, flags=re.S)
+    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
+    svg = _MARKED.sub(lambda m: "currentColor" if m[1] == "f0" else f"var(--series-{int(m[1])})", svg)
+    return _with_own_ids(_rounded(svg))
+
+
+def _rounded(svg: str) -> str:
+    """Coordinates of paths to a hundredth of a point, which halves the file."""
+    return re.sub(r"-?\d+\.\d{3,}", lambda m: f"{float(m[0]):.2f}".rstrip("0").rstrip("."), svg)
+
+
+def _with_own_ids(svg: str) -> str:
+    """Only ids that something refers to, and no two of a page alike."""
+    prefix = f"f{zlib.crc32(svg.encode()):08x}-"
+    used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', svg))
+    svg = re.sub(r' id="([^"]+)"', lambda m: f' id="{prefix}{m[1]}"' if m[1] in used else "", svg)
+    return re.sub(r'(href="#|url\(#)', rf"\1{prefix}", svg)
+
+
+def palette() -> Iterator[tuple[int, str, str]]:
+    """(number, colour on white, colour on black), after Okabe and Ito, lighter on black."""
+    light = ("#0072b2", "#d55e00", "#009e73", "#b8578f", "#b57d00", "#3f9bd3", "#5b5b5b")
+    dark = ("#5eb3e8", "#ff8f57", "#45cfa6", "#e3a2c8", "#efbd55", "#a3d8fa", "#bdbdbd")
+    return iter(zip(range(COLOURS), light, dark))

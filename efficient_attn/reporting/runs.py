@@ -1,0 +1,157 @@
+"""What a run's folder says: its configuration, its curve, its test score, and whether that score may stand in a table.
+
+Nothing here writes, compiles or raises for what it finds in a folder: a run that is missing, damaged, not over or of another
+protocol is a `Run` whose `state` says so and whose `why` says it to people.
+"""
+
+import dataclasses
+import enum
+import math
+import pathlib
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from efficient_attn import tasks, workdir
+from efficient_attn.config import TrainConfig, differences
+from efficient_attn.training import Progress
+
+Config = Mapping[str, Any]
+
+
+class State(enum.StrEnum):
+    """Of these only a finished run has a score that counts."""
+
+    FINISHED = "finished"
+    NOT_RUN = "not run"
+    RUNNING = "running"
+    UNFINISHED = "unfinished"
+    NOT_SCORED = "not scored"
+    FAILED = "failed"
+    DAMAGED = "damaged"
+    OTHER_PROTOCOL = "other protocol"
+
+
+DISPLAY_ONLY = frozenset(
+    {"train.tensorboard", "train.wandb", "train.prefetch", "train.log_every", "train.checkpoint_every", "task.data_dir"}
+)
+"""Fields of a configuration that change nothing that is reported: two runs that differ in these are of one protocol."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One folder. info: run.json. rows: metrics.jsonl. score: eval.json. lengths: the rows of lengths.json, scores at other
+    lengths. All are empty where the folder has none.
+    """
+
+    folder: pathlib.Path
+    state: State
+    why: str = ""
+    info: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    rows: Sequence[Mapping[str, Any]] = ()
+    score: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    lengths: Sequence[Mapping[str, Any]] = ()
+
+    @property
+    def config(self) -> Config:
+        return self.info.get("config", {})
+
+    @property
+    def metric(self) -> str:
+        """The number that the run's task selects by and is reported with."""
+        return tasks.TASKS[self.config["task"]["name"]].metric
+
+    def values(self, key: str) -> list[float]:
+        """An entry of eval.json, such as "test_accuracy", for each seed that has a finite one."""
+        return [value for value in by_seed(self.score, key) if _is_finite(value)]
+
+    @property
+    def step(self) -> int:
+        """The last step that a line of metrics tells of."""
+        return self.rows[-1]["step"] if self.rows else 0
+
+    def curves(self, key: str) -> list[list[tuple[int, float]]]:
+        """(step, value) of every line that has `key`, such as "valid_accuracy": a curve for each seed that the run trains."""
+        found: dict[int, list[tuple[int, float]]] = {}
+        for row in self.rows:
+            for i, value in enumerate(by_seed(row, key)):
+                if _is_finite(value):
+                    found.setdefault(i, []).append((row["step"], value))
+        return list(found.values())
+
+    def rate(self, key: str) -> float | None:
+        """The median of a rate over the lines of metrics: "steps_per_second" or "tokens_per_second"."""
+        values = [row[key] for row in self.rows if row.get(key) is not None]
+        return statistics.median(values) if values else None
+
+
+def read(folder: pathlib.Path, expected: Config | None = None) -> Run:
+    """The run in `folder`; with `expected`, a configuration in normal form, only one of that protocol counts as finished."""
+    try:
+        info = workdir.read_json(folder / "run.json")
+        rows = workdir.MetricsFile(folder / "metrics.jsonl").read()
+        score = _read_if_there(folder / "eval.json", {})
+        lengths = _read_if_there(folder / "lengths.json", {"rows": []})["rows"]
+        task = tasks.TASKS[info["config"]["task"]["name"]]
+    except (FileNotFoundError, NotADirectoryError):
+        return Run(folder, State.NOT_RUN)
+    except workdir.WorkdirError as error:
+        return Run(folder, State.DAMAGED, str(error))
+    except OSError as error:
+        return Run(folder, State.DAMAGED, f"cannot read {error.filename}: {error.strerror}")
+    except (KeyError, TypeError) as error:
+        return Run(folder, State.DAMAGED, f"run.json is not that of a run: {type(error).__name__} {error}")
+    run = Run(folder, State.FINISHED, "", info, rows, score, lengths)
+    state, why = _judge(run, task, expected)
+    return dataclasses.replace(run, state=state, why=why)
+
+
+def _judge(run: Run, task: type[tasks.Task], expected: Config | None) -> tuple[State, str]:
+    """The state of a run whose files can be read."""
+    if expected is not None and (other := protocol_differences(expected, run.config)):
+        return State.OTHER_PROTOCOL, "; ".join(f"{field} is {was!r}, here {due!r}" for field, (due, was) in other.items())
+    if workdir.holder(run.folder):
+        return State.RUNNING, f"at step {run.step:,} of {run.info['steps']:,}"
+    if not is_over(run, task):
+        return State.UNFINISHED, f"ends at step {run.step:,} of {run.info['steps']:,}; the same command continues it"
+    if not run.score:
+        return State.NOT_SCORED, f"run: python eval.py --workdir={run.folder}"
+    step = run.score.get("step")
+    if run.score.get("data") != run.info.get("data"):
+        return State.DAMAGED, f"eval.json scores the data {run.score.get('data')}, the run's are {run.info.get('data')}"
+    if step not in {row["step"] for row in run.rows}:
+        return State.DAMAGED, f"eval.json scores step {step}, of which metrics.jsonl knows nothing"
+    if not run.values(f"test_{task.metric}"):
+        return State.FAILED, f"the test {task.metric} is {run.score.get(f'test_{task.metric}')}"
+    return State.FINISHED, ""
+
+
+def by_seed(row: Mapping[str, Any], key: str) -> list[Any]:
+    """What a line of metrics or a score says of each seed that the run trains; empty where it has no such entry."""
+    return row.get(f"{key}_by_seed", [row[key]] if key in row else [])
+
+
+def protocol_differences(expected: Config, config: Config) -> dict[str, tuple[Any, Any]]:
+    """Dotted field -> (expected, found), of the fields on which results depend."""
+    return {field: pair for field, pair in differences(expected, config).items() if field not in DISPLAY_ONLY}
+
+
+def is_over(run: Run, task: type[tasks.Task]) -> bool:
+    """Whether the metrics reach the last step, or a criterion that ends the run earlier."""
+    if run.step >= run.info["steps"]:
+        return True
+    known = {field.name for field in dataclasses.fields(TrainConfig)}
+    train = TrainConfig(**{name: value for name, value in run.config["train"].items() if name in known})
+    progress = Progress()
+    for row in run.rows:
+        if (values := by_seed(row, f"valid_{task.metric}")) and all(map(_is_finite, values)):
+            progress.note_evaluation(row["step"], values, task.metric_mode)
+    return bool(progress.why_finished(task, train))
+
+
+def _read_if_there(path: pathlib.Path, otherwise: Any) -> Any:
+    return workdir.read_json(path) if path.exists() else otherwise
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)

@@ -1,0 +1,54 @@
+"""All files of a table's report: NAME.md, .tex, .csv, .json and .html."""
+
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from efficient_attn import tables, workdir
+from efficient_attn.reporting import costs, page, summary, text
+from efficient_attn.reporting.runs import State
+from efficient_attn.sweeps.command import default_root
+
+SPEEDS = tables.ROOT / "results/cpu/lra_speed.json"
+"""Cost against length of every mixer; `python -m benchmarks.lra_speed --out=results/cpu/lra_speed.json` writes it."""
+
+
+def write(
+    path: pathlib.Path, out: pathlib.Path, *, root: pathlib.Path | None = None, scale: str = "", measure: bool = False
+) -> list[pathlib.Path]:
+    """Read the runs of the table in `path` and write what they say into `out`; returns the files.
+
+    root: folder of the runs, by default sweep.py's. scale: "" for all. measure: first compile a training step of every
+    cell with a finished run that costs.json in `root` does not have.
+    """
+    table = tables.load(path)
+    root = root or default_root(path)
+    found = summary.summarise(table, root, scale)
+    if measure:
+        measure_costs(found)
+    name = f"{table.name}-{scale}" if scale else table.name
+    texts = {
+        "md": f"# {table.title}\n\n{text.markdown(found)}", "tex": text.latex(found), "csv": text.as_csv(found),
+        "json": text.as_json(found), "html": page.render(found, costs.read(root), speeds()),
+    }  # fmt: skip
+    for suffix, content in texts.items():
+        workdir.write_text(out / f"{name}.{suffix}", content)
+    return [out / f"{name}.{suffix}" for suffix in texts]
+
+
+def measure_costs(found: summary.Summary) -> None:
+    """Add to costs.json in the root what is missing of it: one run for each figure, since seeds cost the same."""
+    known = costs.read(found.root)
+    for section in found.sections:
+        for figure in section:
+            members = figure.chosen.members if figure.chosen else ()
+            finished = [run for _, run in members if run.state == State.FINISHED]
+            if finished and not any(run.folder in known for run in finished):
+                print(f"compiling {finished[0].folder}", flush=True)
+                known[finished[0].folder] = costs.measure(finished[0].config)
+                costs.write(found.root, known)
+
+
+def speeds() -> Mapping[str, Any]:
+    """Mixer -> its row of the benchmark of cost against length; empty where that was not run."""
+    return {row["mixer"]: row for row in workdir.read_json(SPEEDS)["summary"]} if SPEEDS.exists() else {}

@@ -1,0 +1,188 @@
+"""The page: what it holds and escapes, and what a browser makes of it. The browser tests need chromium on the PATH."""
+
+import csv
+import html.parser
+import io
+import json
+import re
+import shutil
+import subprocess
+
+import pytest
+from fake_runs import write_run, write_table
+from PIL import Image
+
+from efficient_attn import workdir
+from efficient_attn.reporting import compare, costs, plots, tables
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+QUIET = ("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--hide-scrollbars", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync", "--disable-extensions", "--force-color-profile=srgb",
+         "--host-resolver-rules=MAP * ~NOTFOUND")  # fmt: skip
+needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the PATH (apt-get install chromium)")
+
+
+class Parser(html.parser.HTMLParser):
+    """figures: (protocol, row, column) -> text of the cell; hrefs, ids: of the page; tags: how often each occurs."""
+
+    def __init__(self, source: str):
+        super().__init__()
+        self.figures, self.hrefs, self.ids, self.tags = {}, [], [], {}
+        self._protocol = self._cell = None
+        self._depth = 0
+        self.feed(source)
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.tags[tag] = self.tags.get(tag, 0) + 1
+        self.hrefs += [attributes["href"]] if "href" in attributes else []
+        self.ids += [attributes["id"]] if "id" in attributes else []
+        self._protocol = attributes.get("data-protocol", self._protocol)
+        if "data-row" in attributes:
+            self._cell = (self._protocol, attributes["data-row"], attributes["data-column"])
+        if tag == "span" and (self._depth or (self._cell and attributes.get("class") == "ours")):
+            self._depth += 1
+
+    def handle_endtag(self, tag):
+        if tag == "span" and self._depth:
+            self._depth -= 1
+        if tag == "td":
+            self._cell = None
+
+    def handle_data(self, data):
+        if self._depth:
+            self.figures[self._cell] = self.figures.get(self._cell, "") + data
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    """A folder with the files of a table whose runs are finished, failed, of another protocol and missing."""
+    folder = tmp_path_factory.mktemp("report")
+    table = write_table(folder)
+    for cell in table.cells["cpu"][:9]:
+        run = write_run(cell, folder / "runs", 0.6 + 0.1 * cell.seed)
+    (run / "eval.json").write_text("{")
+    cost = costs.Cost(parameters=54272, flops_per_token=3e5, flops_loops=1, step_bytes=2**25, backend="cpu")
+    cell = table.cells["cpu"][0]
+    costs.write(folder / "runs", {cell.workdir(folder / "runs"): cost})
+    tables.write(table.path, folder / "out", root=folder / "runs")
+    return folder
+
+
+def shown(folder) -> dict:
+    lines = csv.DictReader(io.StringIO((folder / "out/table.csv").read_text()))
+    return {(line["protocol"], line["row"], line["column"]): line["shown"] for line in lines}
+
+
+def test_the_page_says_what_the_csv_says(report):
+    page = Parser((report / "out/table.html").read_text())
+    assert page.figures == shown(report) and len(page.figures) == 12
+    assert (
+        page.figures["short", "softmax", "L=64 d=32"] == "70.0 ± 10.0" and page.figures["short", "softmax", "Average"] == "70.0"
+    )
+
+
+def test_every_figure_leads_to_its_runs(report):
+    source = (report / "out/table.html").read_text()
+    page = Parser(source)
+    assert len(set(page.ids)) == len(page.ids)
+    assert {href[1:] for href in page.hrefs if href.startswith("#")} <= set(page.ids)
+    assert page.tags["article"] == 8 and "57d1e001a503" in source and "jax 0.10.2" in source
+    assert "at least 300,000 FLOPs a token" in source and "32.0 MB" in source
+    assert "damaged" in source and "n = 2 of 3" in source
+
+
+def test_everything_is_escaped_and_nothing_is_fetched(report):
+    source = (report / "out/table.html").read_text()
+    assert "<b>s5</b>" not in source and "&lt;b&gt;s5&lt;/b&gt;" in source
+    assert "A <processor>" not in source and "A &lt;processor&gt;" in source
+    page = Parser(source)
+    assert not {"script", "img", "iframe", "object"} & set(page.tags)
+    assert not re.findall(r"""(?:src|href)=["'](?!#|data:)""", source) and "url(http" not in source and "@import" not in source
+
+
+def test_a_page_is_the_same_whenever_it_is_made(report, tmp_path):
+    tables.write(report / "table.py", tmp_path, root=report / "runs")
+    for name in ("table.html", "table.json", "table.md"):
+        assert (tmp_path / name).read_text() == (report / "out" / name).read_text()
+
+
+def test_long_curves_are_thinned_to_their_ends():
+    points = [(i, 1.0) for i in range(1000)]
+    thinned = plots.thinned(points)
+    assert (
+        len(thinned) == 160 and thinned[0] == (0, 1.0) and thinned[-1] == (999, 1.0) and plots.thinned(points[:9]) == points[:9]
+    )
+
+
+def test_ids_of_two_figures_on_a_page_differ():
+    figures = [plots.curves([plots.Line(plots.style(0), [(0, 0), (1, y)])], {}, True) for y in (1, 2)]
+    first, second = (set(re.findall(r'id="([^"]+)"', svg)) for svg in figures)
+    assert first and not first & second
+    for svg in figures:
+        assert set(re.findall(r'(?:href="#|url\(#)([^")]+)', svg)) == set(re.findall(r' id="([^"]+)"', svg))
+        assert "var(--series-0)" in svg and "currentColor" in svg and "#a1b2" not in svg
+
+
+def browse(page, folder, *options) -> tuple[str, list[str], list[str]]:
+    """Chromium's output for a page, what the page said on the console, and what it asked the network for."""
+    log = folder / "network.json"
+    command = [CHROMIUM, *QUIET, f"--user-data-dir={folder / 'profile'}", f"--log-net-log={log}", "--enable-logging=stderr"]
+    run = subprocess.run([*command, *options, page.as_uri()], capture_output=True, text=True, timeout=240, check=True)
+    events = [event.get("params", {}) for event in json.loads(log.read_text())["events"]]
+    requests = [e["url"] for e in events if "url" in e and e.get("initiator", "not an origin") != "not an origin"]
+    return run.stdout, [line for line in run.stderr.splitlines() if "CONSOLE" in line], requests
+
+
+@needs_browser
+def test_errors_and_requests_of_a_page_would_be_noticed(tmp_path):
+    page = tmp_path / "bad.html"
+    page.write_text('<img src="http://example.invalid/x.png"><script>console.error("broken")</script>')
+    _, console, requests = browse(page, tmp_path, "--dump-dom")
+    assert requests == ["http://example.invalid/x.png"] and len(console) == 1 and "broken" in console[0]
+
+
+@needs_browser
+def test_a_browser_shows_the_table_without_errors_and_without_the_network(report, tmp_path):
+    dom, console, requests = browse(report / "out/table.html", tmp_path, "--dump-dom")
+    assert (console, requests) == ([], [])
+    dom = Parser(dom)
+    assert dom.figures == shown(report)
+    assert dom.tags["figure"] == 6 and dom.tags["path"] > 60  # curves 2, against width, bubbles, cost 2
+
+
+@needs_browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_browser_draws_the_plots_in_the_colours_of_its_scheme(report, tmp_path, scheme):
+    image = tmp_path / "page.png"
+    preferred = f"--blink-settings=preferredColorScheme={['dark', 'light'].index(scheme)}"
+    browse(report / "out/table.html", tmp_path, "--window-size=1000,2600", preferred, f"--screenshot={image}")
+    pixels = Image.open(image).convert("RGB")
+    colours = {"#%02x%02x%02x" % colour: n for n, colour in pixels.getcolors(2**24)}  # noqa: UP031
+    _, light, dark = next(plots.palette())
+    paper = {"light": "#fdfcf9", "dark": "#15171b"}[scheme]
+    line = {"light": light, "dark": dark}[scheme]
+    assert max(colours, key=colours.get) == paper and colours.get(line, 0) > 100
+
+
+def test_runs_are_compared(tmp_path, monkeypatch):
+    table = write_table(tmp_path)
+    folders = [write_run(table.cells["cpu"][i], tmp_path / "runs", 0.5 + 0.1 * i) for i in (0, 3)]
+    cost = costs.Cost(parameters=10, flops_per_token=2e6, flops_loops=0, step_bytes=2**20, backend="cpu")
+    monkeypatch.setattr(costs, "measure", lambda config: cost | {"parameters": config["model"]["width"]})
+    markdown, page = compare.write(folders, tmp_path / "out")
+    said = markdown.read_text()
+    assert "| parameters | 32 | 64 |" in said and "| `model.width` | 32 | 64 |" in said and "0.8" in said
+    assert "| FLOPs a token, training | 2,000,000 | 2,000,000 |" in said and "`task" not in said
+    parsed = Parser(page.read_text())
+    assert parsed.tags["svg"] > 4 and "A &lt;processor&gt;" in page.read_text()
+
+
+def test_comparisons_that_make_no_sense_are_refused(tmp_path):
+    folder = write_run(write_table(tmp_path).cells["cpu"][0], tmp_path / "runs")
+    for folders, message in (([folder], "two folders or more"), ([folder, folder], "one folder twice")):
+        with pytest.raises(compare.ConfigError, match=message):
+            compare.write(folders, tmp_path / "out")
+    with pytest.raises(workdir.WorkdirError, match=r"no run.json"):
+        compare.write([folder, tmp_path], tmp_path / "out")
+    assert compare.distinct_names([tmp_path / "a/x", tmp_path / "b/x"]) == ["a/x", "b/x"]

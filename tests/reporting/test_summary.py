@@ -1,0 +1,173 @@
+"""Figures from runs: what is averaged, what is counted, what is refused; and their Markdown, LaTeX, CSV and JSON."""
+
+import csv
+import dataclasses
+import io
+import json
+import statistics
+import time
+
+import pytest
+from fake_runs import TABLE, write_run, write_table
+from test_runs import DAMAGE, edit
+
+from efficient_attn import workdir
+from efficient_attn.arguments import ConfigError
+from efficient_attn.config import normal_form
+from efficient_attn.reporting import summary, tables, text
+from efficient_attn.reporting.runs import State
+from efficient_attn.tables import Cell
+
+SCORES = {("softmax", 0): 0.9, ("softmax", 1): 0.8, ("softmax", 2): 0.7}
+
+
+@pytest.fixture
+def table(tmp_path):
+    """The table of fake_runs with three finished runs of softmax in its first column."""
+    table = write_table(tmp_path)
+    for cell in table.cells["cpu"]:
+        if cell.column == "L=64 d=32" and (cell.row, cell.seed) in SCORES:
+            write_run(cell, tmp_path / "runs", SCORES[cell.row, cell.seed])
+    return table
+
+
+def first(table, tmp_path) -> summary.Figure:
+    """The figure of the three runs."""
+    (section,) = summary.summarise(table, tmp_path / "runs", "cpu").sections
+    return section.figures["softmax"]["L=64 d=32"]
+
+
+def test_the_figure_is_mean_and_sample_deviation_over_seeds(table, tmp_path):
+    figure = first(table, tmp_path)
+    assert figure.mean == pytest.approx(80.0) and figure.sd == pytest.approx(statistics.stdev([90, 80, 70]))
+    assert (text.ours(figure), text.seeds(figure), figure.notes, figure.failed) == ("80.0 ± 10.0", "n = 3", [], 0)
+    assert figure.published is None and figure.difference is None and figure.beside.value == 99.0
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_run_that_does_not_count_leaves_the_mean_and_is_named(table, tmp_path, damage):
+    spoil, state, why = DAMAGE[damage]
+    spoil(table.cells["cpu"][0].workdir(tmp_path / "runs"))
+    figure = first(table, tmp_path)
+    assert figure.scores == pytest.approx((80.0, 70.0)) and figure.failed == (state == State.FAILED)
+    assert text.seeds(figure).startswith("n = 2 of 3")
+    (note,) = figure.notes
+    assert f"2 of 3 seeds: {state}" in note and why in note
+
+
+def test_a_failure_that_the_sweep_recorded_is_counted(table, tmp_path):
+    root, folder = tmp_path / "runs", table.cells["cpu"][0].workdir(tmp_path / "runs")
+    (folder / "metrics.jsonl").unlink()
+    record = {"state": "failed", "reason": "train_loss is not finite at step 7"}
+    runs = {str(folder.relative_to(root)): record, "short/gone": record, "short/done": {**record, "state": "done"}}
+    workdir.write_json(root / "sweep.json", {"runs": runs})
+    figure = first(table, tmp_path)
+    assert figure.failed == 1 and text.seeds(figure) == "n = 2 of 3, 1 failed"
+    assert figure.notes == ["2 of 3 seeds: failed (train_loss is not finite at step 7)"]
+
+
+def test_where_nothing_ran_the_figure_says_so_with_its_commands(table, tmp_path):
+    found = summary.summarise(table, tmp_path / "runs", "cpu")
+    figure = found.sections[0].figures["<b>s5</b>"]["L=64 d=32"]
+    assert (text.ours(figure), figure.mean, figure.scores) == ("not run", None, ())
+    train = text.commands(figure, found.root)
+    assert len(train) == 3 and all(c.startswith("python train.py --config=configs/quickstart.py:identity") for c in train)
+    assert found.states == {State.FINISHED: 3, State.NOT_RUN: 9}
+
+
+def test_published_figures_are_subtracted_only_within_their_protocol(table, tmp_path):
+    for cell in table.cells["paper"][:3]:
+        write_run(cell, tmp_path / "runs", 0.98)
+    paper, short = summary.summarise(table, tmp_path / "runs").sections
+    assert paper.figures["softmax"]["L=64 d=32"].difference == pytest.approx(-1.0)
+    assert short.figures["softmax"]["L=64 d=32"].difference is None
+    assert paper.average("softmax") is None and paper.published_average("softmax") == pytest.approx(98.75)
+    assert paper.published_average("<b>s5</b>") is None  # a word is no number
+
+
+def test_runs_that_differ_in_more_than_the_seed_are_not_averaged(tmp_path):
+    table = write_table(tmp_path, TABLE.replace('"100 steps"}', '"100 steps" if seed else "90 steps"}'))
+    with pytest.raises(ConfigError, match=r"differ in more than their seeds.*mix protocols"):
+        summary.summarise(table, tmp_path / "runs", "cpu")
+
+
+def rates(tmp_path, validation):
+    """A table whose first figure has one candidate run for each learning rate, of those validation accuracies."""
+    source = TABLE.replace("for seed in range(3):", "for rate in (1e-3, 1e-2, 1e-1):").replace(
+        '"100 steps"},', '"100 steps", "optimizer.learning_rate": rate}, choice=f"lr={rate:g}",'
+    )
+    table = write_table(tmp_path, source.replace("seed=seed,", ""))
+    for cell, value in zip(table.cells["cpu"], validation):
+        if value is not None:
+            folder = write_run(cell, tmp_path / "runs", 1 - value)
+            edit(folder / "eval.json", valid_accuracy=value)
+    return table
+
+
+def test_validation_and_not_test_chooses_among_candidates(tmp_path):
+    figure = first(rates(tmp_path, (0.5, 0.7, 0.6)), tmp_path)
+    assert figure.chosen.choice == "lr=0.01" and figure.mean == pytest.approx(30.0)
+    assert figure.notes == ["lr=0.01: best on validation of 3"]
+
+
+def test_a_grid_that_is_not_whole_is_said(tmp_path):
+    figure = first(rates(tmp_path, (0.5, None, 0.6)), tmp_path)
+    assert figure.chosen.choice == "lr=0.1" and figure.notes == ["lr=0.1: best on validation of 3, 1 of them not whole"]
+
+
+def test_other_lengths_of_the_same_runs_are_columns(tmp_path):
+    table = write_table(tmp_path)
+    cell = dataclasses.replace(table.cells["cpu"][0], lengths={"L=64 d=64": 128})
+    table = dataclasses.replace(table, cells={"cpu": (cell,), "paper": ()})
+    folder = write_run(cell, tmp_path / "runs", 0.9)
+    assert not summary.summarise(table, tmp_path / "runs", "cpu").sections[0].figures["softmax"]["L=64 d=64"].scores
+    rows = [{"length": n, "accuracy": a, "seed": 0} for n, a in ((64, 0.9), (128, 0.4))]
+    workdir.write_json(folder / "lengths.json", {"rows": rows})
+    figures = summary.summarise(table, tmp_path / "runs", "cpu").sections[0].figures["softmax"]
+    assert figures["L=64 d=32"].mean == pytest.approx(90) and figures["L=64 d=64"].mean == pytest.approx(40)
+
+
+def test_the_expected_configuration_is_the_cells_own():
+    cell = Cell("configs/lra_listops.py:s5_short", "s5", "a", "p", {"model.width": 32, "model.mixer.state_dim": 16}, seed=4)
+    assert summary.expected_config(cell) == normal_form(cell.get_config())
+
+
+def test_an_unknown_scale_is_an_error(table, tmp_path):
+    with pytest.raises(ConfigError, match=r"no scale 'cpuu' .did you mean 'cpu'"):
+        summary.summarise(table, tmp_path, "cpuu")
+
+
+def test_every_text_says_the_same(table, tmp_path):
+    found = summary.summarise(table, tmp_path / "runs", "cpu")
+    assert "| `softmax` | 80.0 ± 10.0 (99.0) | not run (98.5 ± 0.2) | – |" in text.markdown(found)
+    assert "| *chance* | 1.6 | 1.6 |  |" in text.markdown(found)
+    latex = text.latex(found)
+    assert r"softmax & 80.0 $\pm$ 10.0 (99.0) & not run (98.5 $\pm$ 0.2) & -- \\" in latex
+    assert latex.count(r"\begin{tabular}") == 1 and r"miniature \& more" in latex and "{lrrr}" in latex
+    lines = list(csv.DictReader(io.StringIO(text.as_csv(found))))
+    assert (lines[0]["row"], lines[0]["column"], lines[0]["shown"]) == ("softmax", "L=64 d=32", "80.0 ± 10.0")
+    assert float(lines[0]["mean"]) == pytest.approx(80) and lines[0]["seeds"] == "3" and lines[1]["status"] == "not run"
+    figure = json.loads(text.as_json(found))["figures"][0]
+    assert figure["scores"] == pytest.approx([90, 80, 70]) and figure["runs"][0]["commit"] == "57d1e001a503965f"
+    assert figure["runs"][0]["command"].startswith("python train.py") and figure["runs"][0]["versions"]["jax"] == "0.10.2"
+
+
+def test_the_best_of_a_column_is_bold_and_alone_it_is_not(table, tmp_path):
+    found = summary.summarise(table, tmp_path / "runs", "cpu")
+    assert "**80.0" not in text.markdown(found)
+    for cell in table.cells["cpu"]:
+        if cell.row != "softmax" and cell.column == "L=64 d=32":
+            write_run(cell, tmp_path / "runs", 0.6)
+    found = summary.summarise(table, tmp_path / "runs", "cpu")
+    assert "**80.0 ± 10.0**" in text.markdown(found) and r"\textbf{80.0 $\pm$ 10.0}" in text.latex(found)
+
+
+def test_five_hundred_runs_take_less_than_ten_seconds(tmp_path):
+    """Of this process's own time, so that other work on the machine does not count."""
+    table = write_table(tmp_path, TABLE.replace("range(3)", "range(125)"))
+    for cell in table.cells["cpu"]:
+        write_run(cell, tmp_path / "runs", 0.5, points=40)
+    start = time.process_time()
+    tables.write(table.path, tmp_path / "out", root=tmp_path / "runs", scale="cpu")
+    assert time.process_time() - start < 10
+    assert "n = 125" in (tmp_path / "out/table-cpu.html").read_text()
