@@ -4,7 +4,6 @@ import functools
 from collections.abc import Callable, Mapping
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from flax.core import FrozenDict
 from flax.typing import Dtype
@@ -12,9 +11,10 @@ from jaxtyping import Array, Float, Int
 
 from efficient_attn import positions
 from efficient_attn.arguments import ConfigError
+from efficient_attn.mixers import kv_cache
 from efficient_attn.mixers.context import Context
 from efficient_attn.positions import Places, Sizes
-from kernels.attention import Dropout, attend, masks
+from kernels.attention import Dropout, attend, masks, paged
 from kernels.matmul import dot_general
 
 AttentionFunction = Callable[..., Float[Array, "B L H Dv"]]
@@ -65,7 +65,7 @@ class Attention(nn.Module):
         v = self._dense((kv_heads, head_dim), "value")(x)
         methods = self._position_methods(x.shape[-1], ctx)
         if ctx.decode:
-            out = self._decode(methods, q, k, v)
+            out = self._decode(methods, q, k, v, ctx)
         else:
             places = Places.of_tokens(x.shape[1], ctx.positions, ctx.groups(), causal=self.causal)
             options = dict(mask=self.mask(x.shape[1]), segment_ids=ctx.groups())
@@ -131,26 +131,37 @@ class Attention(nn.Module):
             raise ConfigError(f"model.mixer.bias (name={self.bias['name']!r}) does not go with this mechanism")
         return rotation.rotate(x, at, at[:, -1:] + 1)
 
-    def _decode(self, methods: list, q, k, v):
+    def _decode(self, methods: list, q, k, v, ctx: Context):
         """Append a chunk of keys and values to the cache and attend all of it.
 
-        Rows may stand at different positions. Slots not yet written lie after every query, so causality hides them. Keys are
-        cached unrotated, because some rotations go by the length so far. Initialise with a full-length input: its length is
-        the size of the cache.
+        Rows may stand at different positions. Slots not yet written lie after every query, so causality hides them. Initialise
+        with a full-length input: its length is the size of the cache.
         """
         if not self.causal:
             raise ValueError("only causal attention decodes token by token; set causal=True")
-        is_filled = self.has_variable("cache", "cached_key")
-        keys = self.variable("cache", "cached_key", jnp.zeros, k.shape, k.dtype)
-        values = self.variable("cache", "cached_value", jnp.zeros, v.shape, v.dtype)
-        index = self.variable("cache", "cache_index", jnp.zeros, (k.shape[0],), jnp.int32)
-        slots, mask = keys.value.shape[1], self.mask(keys.value.shape[1])
+        is_filled = self.has_variable("cache", "cache_index")
+        cache = kv_cache.of(self, k, v, ctx)
         if not is_filled:
-            return self._attend(methods, Places.in_order(slots, slots, causal=True), q, k, v, mask=mask)
-        at = index.value[:, None] + jnp.arange(q.shape[1], dtype=jnp.int32)[None, :]
-        write = jax.vmap(lambda cache, new, start: jax.lax.dynamic_update_slice(cache, new, (start, 0, 0)))
-        keys.value, values.value = write(keys.value, k, index.value), write(values.value, v, index.value)
-        index.value = index.value + q.shape[1]
+            slots = k.shape[1]
+            return self._attend(methods, Places.in_order(slots, slots, causal=True), q, k, v, mask=self.mask(slots))
+        at = cache.index.value[:, None] + jnp.arange(q.shape[1], dtype=jnp.int32)[None, :]
+        methods, q, k = self._turned(methods, q, k, at)
+        cache.append(k, v, at)
+        slots, is_softmax = cache.slots, not methods and self.function is softmax
+        if ctx.paging is not None and q.shape[1] == 1 and is_softmax and self.mask(slots) == masks.Causal():
+            name = self.implementation if self.implementation in paged.IMPLEMENTATIONS else None
+            return cache.attend(q, scale=self.scale, implementation=name)
+        keys, values = cache.read()
         places = Places.of_cache(at, slots)
-        options = dict(mask=mask, q_positions=places.q, kv_positions=jnp.broadcast_to(places.kv, (len(at), slots)))
-        return self._attend(methods, places, q, keys.value, values.value, **options)
+        options = dict(q_positions=places.q, kv_positions=jnp.broadcast_to(places.kv, (len(at), slots)))
+        return self._attend(methods, places, q, keys, values, mask=self.mask(slots), **options)
+
+    def _turned(self, methods: list, q, k, at: Int[Array, "B L"]) -> tuple:
+        """The position methods left to apply, and queries and keys at positions `at` as far as that is done once for each.
+
+        Keys are cached after rotations that go by the position alone; those that go by the length so far turn all of them anew.
+        """
+        rotation, *others = methods
+        if not rotation.is_plain:
+            return methods, q, k
+        return others, *(rotation.rotate(x, at, at[:, -1:] + 1) for x in (q, k))

@@ -240,7 +240,7 @@ FACTORISATIONS: Mapping[str, Callable] = {
 class DecodesAnew(OfCells):
     """Decodes by computing the parallel form anew from all queries, keys and values, which the cache holds."""
 
-    def _decode(self, methods, q, k, v):
+    def _decode(self, methods, q, k, v, ctx: Context):
         """Append a chunk to the cache and attend with all its slots: what is not yet written is later than every query."""
         if not self.causal:
             raise ValueError("only causal attention decodes token by token; set causal=True")

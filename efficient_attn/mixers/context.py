@@ -9,6 +9,19 @@ from jaxtyping import Array, Int
 
 
 @flax.struct.dataclass
+class Paging:
+    """Where decoding finds each row's keys and values, if they lie in blocks of a pool that all rows share.
+
+    tables: int [B, N], the blocks of each row in the order of its tokens. Block 0 is nobody's: what else is in a table names it.
+    num_blocks, block_size: of the pool, and tokens in a block.
+    """
+
+    tables: Any
+    num_blocks: int = flax.struct.field(pytree_node=False)
+    block_size: int = flax.struct.field(pytree_node=False)
+
+
+@flax.struct.dataclass
 class Context:
     """Passed positionally to every block and mixer, so that `nn.remat` and `nn.scan` carry it.
 
@@ -19,6 +32,7 @@ class Context:
     bias: a position method that all layers share (`config.model.bias`); None means none.
     shared: parameters that several layers use, by name: what their mixers' `shared_parameters` ask the model for; None means
         none.
+    paging: a `Paging` when keys and values are cached in blocks; None means a stretch of its own for each row.
     train: dropout is on and batch statistics are updated.
     decode: inputs continue what the `cache` collection holds, one token or one chunk at a time; without padding, and no
         further than the length that the cache was initialised with.
@@ -30,6 +44,7 @@ class Context:
     memory: Any = None
     bias: Any = None
     shared: Any = None
+    paging: Any = None
     train: bool = flax.struct.field(pytree_node=False, default=False)
     decode: bool = flax.struct.field(pytree_node=False, default=False)
 

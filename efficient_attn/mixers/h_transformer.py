@@ -179,6 +179,10 @@ class OfCells(Attention):
             raise ConfigError(f"model.bias does not go with {type(self).__name__}, whose scores are of cells")
         return super().__call__(x, ctx)
 
+    def _turned(self, methods, q, k, at):
+        """Nothing: tokens are turned where they are averaged."""
+        return methods, q, k
+
     def _rotated(self, places: Places, q, k):
         """Queries and keys turned to their positions."""
         return (self._rotate(x, jnp.broadcast_to(at, x.shape[:2])) for x, at in ((q, places.q), (k, places.kv)))

@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 
 from efficient_attn.mixers.attention import Attention
+from efficient_attn.mixers.context import Context
 from efficient_attn.positions import Places
 from kernels.attention import masks
 
@@ -15,7 +16,7 @@ class Bounded(Attention):
         """The largest distance from a query to a key before it."""
         raise NotImplementedError(f"{type(self).__name__} must say how far back it sees")
 
-    def _decode(self, methods: list, q, k, v):
+    def _decode(self, methods: list, q, k, v, ctx: Context):
         """Attend the last `lookback` keys and a chunk of new ones; the cache holds the former, whatever the length.
 
         Slots from before the first token have negative positions and belong to no document.

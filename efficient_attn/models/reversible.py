@@ -97,7 +97,7 @@ def _branch(module: Any, half: str, dtype: Any) -> Branch:
 
 
 def _refuse_state(layers: Sequence[Any]) -> None:
-    state = {name for layer in layers for name in layer.variables} - {"params", "cache"}
+    state = {name for layer in layers for name in layer.variables} - {"params", "cache", "blocks"}
     if state:
         raise ConfigError(
             f"model.residual='reversible' runs each layer twice, which goes with parameters alone; these layers also have "

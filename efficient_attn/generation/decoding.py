@@ -1,0 +1,197 @@
+"""What runs on the device: prompts into the cache in chunks, then token after token in one loop, for any mixers.
+
+The state of all rows is two collections: `cache`, whose arrays have a row for each sequence (recurrent states, contiguous keys
+and values, and how far each row is), and `blocks`, pools that rows share by block tables. Decoding takes no padding, so prompts
+of different lengths go in by chunks of powers of two in which only some rows take part.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from efficient_attn.generation.sampling import Sampling, sample
+from efficient_attn.mixers.context import Context, Paging
+
+MAX_CHUNK = 256
+"""Tokens of a prompt that go into the cache at a time, at most."""
+
+MAX_STEPS = 32
+"""Tokens of each row that are decoded between two looks of the host, at most."""
+
+NO_TOKEN = -1
+"""The stop token where there is none, and what a row that has ended puts out."""
+
+
+@flax.struct.dataclass
+class State:
+    """The variables that decoding changes: `cache`, axis 0 the row, and `blocks`, axis 1 the block of a pool."""
+
+    cache: Any
+    blocks: Any
+
+    @property
+    def nbytes(self) -> int:
+        return sum(leaf.nbytes for leaf in jax.tree.leaves((self.cache, self.blocks)))
+
+
+@flax.struct.dataclass
+class Rows:
+    """Where each row [B] stands: the token to feed next, how many it did and may sample, its seed, and whether it goes on."""
+
+    token: Any
+    count: Any
+    limit: Any
+    seed: Any
+    active: Any
+
+
+class Decoder:
+    """A language model with its parameters, and its compiled steps.
+
+    model: a `LanguageModel`, or anything called like it with `(tokens [B, L], ctx)`. variables: without cache.
+    paging: (blocks of a pool, tokens in a block) for keys and values of softmax attention in blocks; None for contiguous ones.
+    Steps are compiled once for each size of chunk, number of rows that take part, and width of tables: all powers of two.
+    """
+
+    def __init__(self, model: nn.Module, variables: Any, paging: tuple[int, int] | None = None):
+        self.model, self.variables, self.paging = model, variables, paging
+        self._prefill = jax.jit(self._prefill_step, donate_argnums=1)
+        self._decode = jax.jit(self._decode_loop, donate_argnums=1, static_argnames=("sampling", "stop"))
+        self._scores = jax.jit(self._score_step, donate_argnums=1)
+        self._copy_rows = jax.jit(_copy_rows, donate_argnums=0)
+        self._copy_blocks = jax.jit(_copy_blocks, donate_argnums=0)
+
+    def init(self, rows: int, length: int) -> State:
+        """Empty rows of at most `length` tokens. Raises `ValueError` where the model has no room for so many."""
+        tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32)
+        tables = None if self.paging is None else jnp.zeros((rows, 1), jnp.int32)
+        ctx = self._context(tables)
+        variables = jax.eval_shape(lambda tokens: self.model.init(jax.random.key(0), tokens, ctx), tokens)
+        shapes = State(*(variables.get(name, {}) for name in ("cache", "blocks")))
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+    def prefill(
+        self, state: State, rows: Sequence[int], prompts: Sequence[Sequence[int]], tables: np.ndarray | None = None
+    ) -> State:
+        """Put `prompts` into `rows`, each after what its row holds. tables [n, N] of these rows, in this order, where paged."""
+        left = [list(prompt) for prompt in prompts]
+        while longest := max(map(len, left), default=0):
+            size = min(MAX_CHUNK, 1 << (longest.bit_length() - 1))
+            here = [i for i, tokens in enumerate(left) if len(tokens) >= size]
+            padded = here + here[:1] * ((1 << (len(here) - 1).bit_length()) - len(here))  # repeated rows do the same again
+            chunk = np.array([left[i][:size] for i in padded], np.int32)
+            at = np.array([rows[i] for i in padded], np.int32)
+            state = self._prefill(self.variables, state, chunk, at, None if tables is None else tables[padded])
+            for i in here:
+                del left[i][:size]
+        return state
+
+    def decode(
+        self, state: State, rows: Rows, tables: np.ndarray | None, steps: int, *, sampling: Sampling, stop: int = NO_TOKEN
+    ) -> tuple[State, Rows, Int[Array, "B T"]]:  # fmt: skip
+        """Sample up to `steps` <= `MAX_STEPS` tokens of each active row, and where each row is then.
+
+        A row ends at its limit, and at the token `stop`, which is put out. The tokens are [B, MAX_STEPS], `NO_TOKEN` where none.
+        """
+        return self._decode(self.variables, state, rows, tables, jnp.int32(min(steps, MAX_STEPS)), sampling=sampling, stop=stop)
+
+    def scores(
+        self, state: State, tokens: Int[Array, "B"], tables: np.ndarray | None = None
+    ) -> tuple[State, Float[Array, "B V"]]:
+        """Feed a token to every row, and score the next."""
+        return self._scores(self.variables, state, tokens, tables)
+
+    def copy_rows(self, state: State, to: Sequence[int], of: Sequence[int]) -> State:
+        """Rows `to` become what rows `of` are; blocks stay as they are."""
+        return self._copy_rows(state, np.asarray(to, np.int32), np.asarray(of, np.int32))
+
+    def copy_blocks(self, state: State, copies: Sequence[tuple[int, int]]) -> State:
+        """Copy blocks of the pools, (from, to)."""
+        if not copies:
+            return state
+        padded = [*copies, *copies[:1] * ((1 << (len(copies) - 1).bit_length()) - len(copies))]
+        return self._copy_blocks(state, np.asarray(padded, np.int32))
+
+    def reset(self, state: State, rows: Sequence[int], positions: Sequence[int]) -> State:
+        """Empty these rows, as they are before the first token; where everything but positions is in blocks, set those."""
+        return _reset(state, np.asarray(rows, np.int32), np.asarray(positions, np.int32))
+
+    def _context(self, tables) -> Context:
+        return Context(decode=True, paging=None if tables is None else Paging(tables, *self.paging))
+
+    def _apply(self, variables, cache, blocks, tokens, tables):
+        """Scores [B, L, V] of the next tokens and the changed collections."""
+        collections = {**variables, "cache": cache, "blocks": blocks}
+        logits, updated = self.model.apply(collections, tokens, self._context(tables), mutable=["cache", "blocks"])
+        return logits, State(updated.get("cache", cache), updated.get("blocks", blocks))
+
+    def _prefill_step(self, variables, state: State, tokens, rows, tables) -> State:
+        _, new = self._apply(variables, _take(state.cache, rows), state.blocks, tokens, tables)
+        return State(_put(state.cache, rows, new.cache), new.blocks)
+
+    def _score_step(self, variables, state: State, tokens, tables):
+        logits, state = self._apply(variables, state.cache, state.blocks, tokens[:, None], tables)
+        return state, logits[:, -1]
+
+    def _decode_loop(self, variables, state: State, rows: Rows, tables, steps, *, sampling: Sampling, stop: int):
+        rows = jax.tree.map(jnp.asarray, rows)
+        keys = jax.vmap(jax.random.key)(rows.seed)
+        out = jnp.full((rows.token.shape[0], MAX_STEPS), NO_TOKEN, jnp.int32)
+
+        def goes_on(carry):
+            step, _, rows, _ = carry
+            return (step < steps) & jnp.any(rows.active)
+
+        def body(carry):
+            step, state, rows, out = carry
+            own = None if tables is None else jnp.where(rows.active[:, None], tables, 0)  # a row that ended writes to scratch
+            state, logits = self._score_step(variables, state, rows.token, own)
+            new = jnp.where(rows.active, sample(logits, keys, rows.count, sampling), NO_TOKEN)
+            count = rows.count + rows.active
+            token = jnp.where(rows.active, new, rows.token)
+            active = rows.active & (count < rows.limit) & (new != stop)
+            return step + 1, state, rows.replace(token=token, count=count, active=active), out.at[:, step].set(new)
+
+        _, state, rows, out = jax.lax.while_loop(goes_on, body, (jnp.int32(0), state, rows, out))
+        return state, rows, out
+
+
+def _take(cache, rows):
+    return jax.tree.map(lambda x: x[rows], cache)
+
+
+def _put(cache, rows, new):
+    return jax.tree.map(lambda x, part: x.at[rows].set(part), cache, new)
+
+
+def _copy_rows(state: State, to: Int[Array, "n"], of: Int[Array, "n"]) -> State:
+    return state.replace(cache=_put(state.cache, to, _take(state.cache, of)))
+
+
+def _copy_blocks(state: State, copies: Int[Array, "n 2"]) -> State:
+    return state.replace(blocks=jax.tree.map(lambda pool: pool.at[:, copies[:, 1]].set(pool[:, copies[:, 0]]), state.blocks))
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _reset(state: State, rows: Int[Array, "n"], positions: Int[Array, "n"]) -> State:
+    def fresh(x):
+        return x.at[rows].set(positions if is_position(x) else 0)
+
+    return state.replace(cache=jax.tree.map(fresh, state.cache))
+
+
+def is_position(leaf: Any) -> bool:
+    """Whether an array of the cache holds how far each row is, and nothing of what it has seen."""
+    return leaf.ndim == 1 and jnp.issubdtype(leaf.dtype, jnp.integer)
+
+
+def is_all_in_blocks(state: State) -> bool:
+    """Whether a row is its blocks and its position alone, so that rows which begin alike can share them."""
+    return bool(jax.tree.leaves(state.blocks)) and all(is_position(leaf) for leaf in jax.tree.leaves(state.cache))
