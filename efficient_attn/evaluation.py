@@ -10,7 +10,7 @@ from absl import logging
 from efficient_attn import replicas, sharding, workdir
 from efficient_attn.checkpoints import Checkpoints
 from efficient_attn.plan import Plan, make_plan
-from efficient_attn.steps import eval_step
+from efficient_attn.steps import TrainState, eval_step
 from efficient_attn.training import evaluate
 
 
@@ -20,10 +20,7 @@ def score_once(folder: pathlib.Path) -> dict[str, Any]:
     The result names the step, its validation metrics and the checkpoint rule. Raises `WorkdirError` where `folder` holds no
     run, or none that was ever evaluated.
     """
-    if not (folder / "run.json").exists():
-        raise workdir.WorkdirError(f"{folder} holds no run (no run.json); give the --workdir of a train.py run")
-    run = workdir.read_json(folder / "run.json")
-    plan = make_plan({**run["config"], "sharding": sharding.for_devices_here(run["config"].get("sharding", {}))})
+    run, plan = open_run(folder)
     if run["data"] != plan.task.name:
         raise workdir.WorkdirError(f"the run's data were {run['data']} and are now {plan.task.name}; restore them to score it")
     stored = folder / "eval.json"
@@ -34,6 +31,14 @@ def score_once(folder: pathlib.Path) -> dict[str, Any]:
     result = {"data": plan.task.name, "split": "test", **score_best(plan, folder)}
     workdir.write_json(stored, result)
     return result
+
+
+def open_run(folder: pathlib.Path) -> tuple[dict[str, Any], Plan]:
+    """What run.json of a run's folder records, and the plan of its configuration. Raises `WorkdirError` where there is no run."""
+    if not (folder / "run.json").exists():
+        raise workdir.WorkdirError(f"{folder} holds no run (no run.json); give the --workdir of a train.py run")
+    run = workdir.read_json(folder / "run.json")
+    return run, make_plan({**run["config"], "sharding": sharding.for_devices_here(run["config"].get("sharding", {}))})
 
 
 def open_checkpoints(plan: Plan, folder: pathlib.Path) -> Checkpoints:
@@ -52,15 +57,21 @@ def _warn_if_stale(result: dict[str, Any], plan: Plan, folder: pathlib.Path) -> 
         )  # fmt: skip
 
 
-def score_best(plan: Plan, folder: pathlib.Path) -> dict[str, Any]:
-    """Test metrics of the best checkpoint, with its step and validation metrics."""
-    placement = plan.placement()
-    checkpoints = open_checkpoints(plan, folder)
-    restored = checkpoints.restore_best(placement.abstract(plan.state))
+def restore_best(checkpoints: Checkpoints, plan: Plan, folder: pathlib.Path) -> tuple[int, TrainState]:
+    """The step and state of the best checkpoint, on the plan's devices. Raises `WorkdirError` where there is none that is whole."""
+    restored = checkpoints.restore_best(plan.placement().abstract(plan.state))
     if restored is None:
         what = "no checkpoint that is whole" if checkpoints.steps() else "no checkpoint yet; train until the first evaluation"
         raise workdir.WorkdirError(f"{folder} has {what}")
     step, state, _ = restored
+    return step, state
+
+
+def score_best(plan: Plan, folder: pathlib.Path) -> dict[str, Any]:
+    """Test metrics of the best checkpoint, with its step and validation metrics."""
+    placement = plan.placement()
+    checkpoints = open_checkpoints(plan, folder)
+    step, state = restore_best(checkpoints, plan, folder)
     plan.task.prepare()
     step_fn = jax.jit(
         replicas.evaluate(functools.partial(eval_step, plan.model), plan.train.replicas), out_shardings=placement.whole

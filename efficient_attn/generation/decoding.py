@@ -68,14 +68,16 @@ class Decoder:
         self._copy_rows = jax.jit(_copy_rows, donate_argnums=0)
         self._copy_blocks = jax.jit(_copy_blocks, donate_argnums=0)
 
+    def init_shapes(self, rows: int, length: int) -> State:
+        """The shapes of `init`'s arrays."""
+        tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32)
+        ctx = self._context(None if self.paging is None else jnp.zeros((rows, 1), jnp.int32))
+        variables = jax.eval_shape(lambda tokens: self.model.init(jax.random.key(0), tokens, ctx), tokens)
+        return State(*(variables.get(name, {}) for name in ("cache", "blocks")))
+
     def init(self, rows: int, length: int) -> State:
         """Empty rows of at most `length` tokens. Raises `ValueError` where the model has no room for so many."""
-        tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32)
-        tables = None if self.paging is None else jnp.zeros((rows, 1), jnp.int32)
-        ctx = self._context(tables)
-        variables = jax.eval_shape(lambda tokens: self.model.init(jax.random.key(0), tokens, ctx), tokens)
-        shapes = State(*(variables.get(name, {}) for name in ("cache", "blocks")))
-        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self.init_shapes(rows, length))
 
     def prefill(
         self, state: State, rows: Sequence[int], prompts: Sequence[Sequence[int]], tables: np.ndarray | None = None

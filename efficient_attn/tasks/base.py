@@ -17,7 +17,7 @@ plus `segment_ids` [L] int32 where documents are packed into one row. Stacked by
 
 import abc
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -39,6 +39,20 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Example: ...
+
+
+@runtime_checkable
+class Text(Protocol):
+    """What a task of text has besides: its tokens as text, which generation reads and writes."""
+
+    stop_token: int
+    """The token at which a text ends."""
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a text."""
+
+    def decoder(self) -> Callable[[Sequence[int]], str]:
+        """A function that turns more and more tokens of one text to what is new of it, characters whole."""
 
 
 @dataclasses.dataclass(frozen=True)

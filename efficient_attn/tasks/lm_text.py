@@ -4,6 +4,7 @@ Tokens are byte values, V = 256. Byte 0 does not occur in text: it stands betwee
 once, as three flat files of bytes, and read through a memory map.
 """
 
+import codecs
 import dataclasses
 import fcntl
 import functools
@@ -14,7 +15,7 @@ import pathlib
 import platform
 import re
 import sysconfig
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -102,6 +103,7 @@ class LMText(Task):
     head: ClassVar[Head] = "lm"
     metric: ClassVar[str] = "loss"
     metric_mode: ClassVar[Literal["max", "min"]] = "min"
+    stop_token: ClassVar[int] = SEPARATOR[0]
 
     path: str = ""
     context: int = 256
@@ -143,6 +145,14 @@ class LMText(Task):
         offsets = self._bytes["train"] - self.context
         evaluated = {split: math.ceil((self._bytes[split] - 1) / self.context) for split in ("valid", "test")}
         return {"train": self.num_examples or min(offsets, MAX_EXAMPLES), **evaluated}
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode(errors="surrogateescape"))
+
+    def decoder(self) -> Callable[[Sequence[int]], str]:
+        """Bytes that are no UTF-8 become U+FFFD."""
+        utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        return lambda tokens: utf8.decode(bytes(tokens))
 
     def cost(self) -> str:
         counts = ", ".join(f"{split} {count:,}" for split, count in self._bytes.items())

@@ -1,0 +1,33 @@
+"""Continue a text with the best checkpoint of a run: python -m efficient_attn.generation --workdir=runs/lm --prompt="..."
+
+Prints the prompt and what follows, as it comes. Equal seeds give equal texts.
+"""
+
+import pathlib
+
+from absl import flags
+
+from efficient_attn import cli
+
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run, a language model's.", required=True)
+PROMPT = flags.DEFINE_multi_string("prompt", None, "Text to continue; several times for several texts at once.", required=True)
+MAX_TOKENS = flags.DEFINE_integer("max_tokens", 200, "Tokens to generate; fewer where the model ends the text.")
+TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "What scores are divided by; 0 takes the best token.")
+TOP_K = flags.DEFINE_integer("top_k", 0, "Draw from so many best tokens; 0 from all.")
+TOP_P = flags.DEFINE_float("top_p", 1.0, "Draw from the best tokens with this much probability; 1 from all.")
+NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "Continuations of each prompt.")
+NUM_BEAMS = flags.DEFINE_integer("num_beams", 1, "Search with so many beams for the most probable continuation; 1 samples.")
+SEED = flags.DEFINE_integer("seed", 0, "Of the draws.")
+
+
+def main() -> None:
+    from efficient_attn.generation.command import Options, run
+    from efficient_attn.generation.sampling import Sampling
+
+    sampling = Sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value)
+    options = Options(PROMPT.value, MAX_TOKENS.value, NUM_SAMPLES.value, NUM_BEAMS.value, sampling, SEED.value)
+    run(pathlib.Path(WORKDIR.value), options)
+
+
+if __name__ == "__main__":
+    cli.run(main)
