@@ -48,16 +48,16 @@ class Peer:
     The script gets `arguments`, prints its versions as a line of JSON, and answers every line of JSON that it is given.
     """
 
-    def __init__(self, python: str, script: str, *arguments: int):
+    def __init__(self, python: str, script: str, *arguments: int | os.PathLike):
         command = [python, str(pathlib.Path(__file__).with_name(script)), *map(str, arguments)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self._script = script
         self.versions = self._answer()
 
-    def run(self, what: str, length: int) -> None:
-        """One pass."""
-        print(json.dumps([what, length]), file=self._process.stdin, flush=True)
-        self._answer()
+    def run(self, *what: Any) -> Any:
+        """One pass of what the script understands, and its answer."""
+        print(json.dumps(what), file=self._process.stdin, flush=True)
+        return self._answer()
 
     def _answer(self):
         line = self._process.stdout.readline()

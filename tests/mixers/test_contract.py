@@ -9,6 +9,7 @@ import pytest
 
 from efficient_attn.arguments import ConfigError
 from efficient_attn.mixers import MIXERS, Attention, Context, Entry, build, state_size
+from efficient_attn.mixers.context import Paging
 from kernels.attention import masks
 
 B, L, E = 2, 19, 8
@@ -172,18 +173,45 @@ def test_packed_documents_are_independent(name, causal):
 
 
 @pytest.mark.parametrize("name", DECODES)
-@pytest.mark.parametrize("chunks", [[1] * L, [5, 1, 13]])
-def test_decoding_equals_the_parallel_form(name, chunks):
+def test_decoding_equals_the_parallel_form(name):
+    """Token by token and in chunks, from any prefix, together with a row that stands elsewhere; also in blocks, where it can."""
     module, variables, x = make(name, causal=True)
     parallel = jax.jit(module.apply)(variables, x, Context())
-    cache = jax.jit(module.init)(jax.random.key(0), jnp.zeros_like(x), Context(decode=True)).get("cache", {})
-    step = jax.jit(lambda variables, x: module.apply(variables, x, Context(decode=True), mutable=["cache"]))
-    outputs, start = [], 0
-    for size in chunks:
-        y, updated = step({**variables, "cache": cache}, x[:, start : start + size])
-        cache, start = updated.get("cache", {}), start + size
-        outputs.append(y)
-    np.testing.assert_allclose(jnp.concatenate(outputs, axis=1), parallel, rtol=0, atol=2e-5)
+    tables = jnp.asarray(np.random.default_rng(0).permutation(np.arange(1, 11)).reshape(B, 5), jnp.int32)
+    for paging in (None, Paging(tables, num_blocks=11, block_size=4)):
+        shapes = jax.eval_shape(module.init, jax.random.key(0), x, Context(decode=True, paging=paging))
+        if paging is not None and "blocks" not in shapes:
+            continue
+        state = {key: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes.get(key, {})) for key in STATE}
+        assert all(leaf.shape[0] == B for leaf in jax.tree.leaves(state["cache"]))
+        check_decoding(module, variables, x, parallel, state, paging)
+
+
+STATE = ("cache", "blocks")
+FED = [((0,), 5), *[((0, 1), 1)] * 10, ((0, 1), 4), ((1,), 5)]
+"""Which rows take how many tokens next; in the end both have had all of them."""
+
+
+def check_decoding(module, variables, x, parallel, state, paging) -> None:
+    """Feed `FED` from an empty state, whose cache has a row in axis 0 for each of the batch and starts with zeros."""
+
+    @jax.jit
+    def step(state, x, rows):
+        own = None if paging is None else paging.replace(tables=paging.tables[rows])
+        collections = {**variables, **state, "cache": jax.tree.map(lambda leaf: leaf[rows], state["cache"])}
+        y, new = module.apply(collections, x, Context(decode=True, paging=own), mutable=STATE)
+        cache = jax.tree.map(lambda leaf, part: leaf.at[rows].set(part), state["cache"], dict(new).get("cache", {}))
+        return y, {"cache": cache, "blocks": dict(new).get("blocks", {})}
+
+    start = [0, 0]
+    for rows, size in FED:
+        chunk = jnp.stack([x[row, start[row] : start[row] + size] for row in rows])
+        y, state = step(state, chunk, jnp.array(rows))
+        for i, row in enumerate(rows):
+            expected = parallel[row, start[row] : start[row] + size]
+            np.testing.assert_allclose(y[i], expected, rtol=0, atol=2e-5)
+            start[row] += size
+    assert start == [L, L]
 
 
 def test_state_size_is_the_decode_cache():
