@@ -58,7 +58,7 @@ def _warn_if_stale(result: dict[str, Any], plan: Plan, folder: pathlib.Path) -> 
 
 
 def restore_best(checkpoints: Checkpoints, plan: Plan, folder: pathlib.Path) -> tuple[int, TrainState]:
-    """The step and state of the best checkpoint, on the plan's devices. Raises `WorkdirError` where there is none that is whole."""
+    """The step and state of the best checkpoint, on the plan's devices. Raises `WorkdirError` where none is whole."""
     restored = checkpoints.restore_best(plan.placement().abstract(plan.state))
     if restored is None:
         what = "no checkpoint that is whole" if checkpoints.steps() else "no checkpoint yet; train until the first evaluation"

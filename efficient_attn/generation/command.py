@@ -6,9 +6,10 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax
 from absl import logging
 
-from efficient_attn import evaluation, sharding
+from efficient_attn import evaluation
 from efficient_attn.arguments import ConfigError
 from efficient_attn.generation.beam import beam_search
 from efficient_attn.generation.decoding import Decoder
@@ -45,7 +46,7 @@ class Options:
 
 
 def run(folder: pathlib.Path, options: Options) -> None:
-    """Print continuations: one prompt's as it comes, several with a line before each."""
+    """Print continuations: one prompt's as it comes, several with a line before each. Of replicas the first generates."""
     _, plan = evaluation.open_run(folder)
     task = plan.task
     if task.head != "lm" or not isinstance(task, Text):
@@ -54,9 +55,12 @@ def run(folder: pathlib.Path, options: Options) -> None:
     length = max(map(len, prompts)) + options.max_tokens
     _check_length(plan, max(map(len, prompts)), options.max_tokens)
     checkpoints = evaluation.open_checkpoints(plan, folder)
-    _, state = evaluation.restore_best(checkpoints, plan, folder, sharding.data_mesh())
+    _, state = evaluation.restore_best(checkpoints, plan, folder)
     checkpoints.close()
-    decoder = Decoder(plan.model, state.evaluated())
+    variables = state.evaluated()
+    if plan.train.replicas > 1:
+        variables = jax.tree.map(lambda x: x[0], variables)
+    decoder = Decoder(plan.model, variables)
     if options.num_beams > 1:
         _show(options, task, _beams(decoder, prompts, options, task.stop_token))
         return
