@@ -17,7 +17,7 @@ from efficient_attn import models, optim, replicas, sharding, tasks
 from efficient_attn.arguments import ConfigError, lookup
 from efficient_attn.config import Config, TrainConfig, normal_form, section
 from efficient_attn.durations import in_steps
-from efficient_attn.steps import Batch, TrainState, init_state
+from efficient_attn.steps import MEMORY, Batch, TrainState, empty_memory, init_state
 from efficient_attn.tasks.base import Task
 
 
@@ -71,8 +71,15 @@ class Plan:
     def init_state(self) -> TrainState:
         """A fresh state. To be jitted."""
         batch = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), example_batch(self.task, 1))
-        one = functools.partial(init_state, self.model, self.tx, batch=batch, ema=self.optimizer.ema > 0)
-        return replicas.init(one, self.seeds)
+        return replicas.init(functools.partial(self._init_one, batch), self.seeds)
+
+    def _init_one(self, batch: Batch, seed: Any) -> TrainState:
+        state = init_state(self.model, self.tx, seed, batch, ema=self.optimizer.ema > 0)
+        if not getattr(self.model, "has_memory", False):
+            return state
+        others = {"params": state.params, **state.variables}
+        memory = empty_memory(self.model, others, example_batch(self.task, self.train.batch_size))
+        return state.replace(variables={**state.variables, MEMORY: memory})
 
 
 def make_plan(config: Config) -> Plan:
@@ -98,6 +105,8 @@ def make_plan(config: Config) -> Plan:
     if train.wandb and importlib.util.find_spec("wandb") is None:
         raise ConfigError("train.wandb=True needs the wandb package: pip install wandb")
     model = models.build(config["model"], task)
+    if getattr(model, "has_memory", False) and not task.contiguous:
+        raise ConfigError("model.mixer remembers the segment before: it needs a task of streams (lm_text, task.order='streams')")
 
     def steps(duration: str, field: str) -> int:
         return in_steps(duration, batch_size=train.batch_size, num_examples=task.sizes["train"], field=field)
@@ -150,7 +159,9 @@ def example_batch(task: Task, rows: int) -> Batch:
     per_target = inner if task.head == "lm" else ()
     values = (task.channels,) if task.vocab_size is None else ()
     dtype = np.float32 if task.vocab_size is None else np.int32
+    packed = {"segment_ids": jax.ShapeDtypeStruct((rows, *inner), np.int32)} if task.packed else {}
     return {
+        **packed,
         "inputs": jax.ShapeDtypeStruct((rows, *inner, *values), dtype),
         "mask": jax.ShapeDtypeStruct((rows, *inner), np.bool_),
         "targets": jax.ShapeDtypeStruct((rows, *per_target), np.int32),

@@ -19,6 +19,9 @@ Sums = dict[str, tuple[Any, Any]]
 TRANSIENT = ("losses", "intermediates", "cache")
 """Collections that a step may write and the state does not keep."""
 
+MEMORY = "memory"
+"""The collection with a row for each stream: what its next segment continues from. All zeros is a memory of nothing."""
+
 
 @flax.struct.dataclass
 class TrainState:
@@ -36,8 +39,9 @@ class TrainState:
     rng: Any
 
     def evaluated(self) -> PyTree:
-        """The variables that evaluation uses: averaged parameters where there are any."""
-        return {"params": self.params if self.ema is None else self.ema, **self.variables}
+        """The variables that evaluation uses: averaged parameters where there are any, and no memory of the training streams."""
+        kept = {name: value for name, value in self.variables.items() if name != MEMORY}
+        return {"params": self.params if self.ema is None else self.ema, **kept}
 
 
 def init_state(model: nn.Module, tx: optax.GradientTransformation, seed: Any, batch: Batch, *, ema: bool) -> TrainState:
@@ -48,6 +52,20 @@ def init_state(model: nn.Module, tx: optax.GradientTransformation, seed: Any, ba
     kept = {name: value for name, value in variables.items() if name not in TRANSIENT}
     average = jax.tree.map(jnp.copy, params) if ema else None
     return TrainState(jnp.int32(0), params, tx.init(params), kept, average, jax.random.key_data(train_key))
+
+
+def empty_memory(model: nn.Module, variables: PyTree, batch: Batch) -> PyTree:
+    """The memory of training streams that have not begun, one for each row of `batch` (arrays or their shapes).
+
+    variables: the model's others, or their shapes.
+    """
+
+    def apply(variables, batch):
+        rngs = {"dropout": jax.random.key(0)}
+        ctx = context(batch, train=True)
+        return model.apply(variables, batch["inputs"], ctx, rngs=rngs, mutable=[*variables, MEMORY, "losses"])[1][MEMORY]
+
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(apply, variables, batch))
 
 
 def context(batch: Batch, *, train: bool) -> Context:
@@ -112,29 +130,47 @@ def train_step(
 
 
 def _gradients(loss, state: TrainState, batch: Batch, key, accumulate: int):
-    """Gradient of the sum of `loss` over micro-batches, the variables after the last one, and the summed metrics."""
+    """Gradient of the sum of `loss` over micro-batches, the variables after the last one, and the summed metrics.
+
+    Each micro-batch takes its own rows of the memory along, and all others' variables in turn.
+    """
     grad = jax.grad(loss, has_aux=True)
     if accumulate == 1:
         gradients, (sums, variables) = grad(state.params, state.variables, batch, key)
         return gradients, variables, sums
 
-    def one(carry, micro_and_key):
+    def one(carry, xs):
         gradients, variables = carry
-        new, (sums, variables) = grad(state.params, variables, *micro_and_key)
-        return (jax.tree.map(jnp.add, gradients, new), variables), sums
+        micro, memory, key = xs
+        new, (sums, variables) = grad(state.params, {**variables, **memory}, micro, key)
+        variables, memory = _split_memory(variables)
+        return (jax.tree.map(jnp.add, gradients, new), variables), (sums, memory)
 
-    micros = {k: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1) for k, x in batch.items()}
+    def split(x):
+        return x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1)
+
     zeros = jax.tree.map(jnp.zeros_like, state.params)
-    (gradients, variables), sums = jax.lax.scan(
-        one, (zeros, state.variables), (micros, jax.random.split(key, accumulate))
+    variables, memory = _split_memory(state.variables)
+    (gradients, variables), (sums, memory) = jax.lax.scan(
+        one, (zeros, variables), (*jax.tree.map(split, (dict(batch), memory)), jax.random.split(key, accumulate))
     )  # fmt: skip
-    return gradients, variables, jax.tree.map(lambda x: jnp.sum(x, axis=0), sums)
+    memory = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), memory)
+    return gradients, {**variables, **memory}, jax.tree.map(lambda x: jnp.sum(x, axis=0), sums)
 
 
-def eval_step(model: nn.Module, variables: PyTree, batch: Batch) -> Sums:
-    """Sums of loss and accuracy on one batch, nothing dropped out, running batch statistics."""
-    logits = model.apply(variables, batch["inputs"], context(batch, train=False))
-    return cross_entropy(logits, batch["targets"], batch["weights"])
+def _split_memory(variables: PyTree) -> tuple[PyTree, PyTree]:
+    """The variables that have no rows, and those that have one for each stream."""
+    memory = {name: value for name, value in variables.items() if name == MEMORY}
+    return {name: value for name, value in variables.items() if name != MEMORY}, memory
+
+
+def eval_step(model: nn.Module, variables: PyTree, batch: Batch) -> tuple[Sums, PyTree]:
+    """Sums of loss and accuracy on one batch, nothing dropped out, running batch statistics; and the streams' memory after it.
+
+    The memory ({} where the model has none) joins the `variables` of the next batch, whose rows continue this one's.
+    """
+    logits, memory = model.apply(variables, batch["inputs"], context(batch, train=False), mutable=[MEMORY])
+    return cross_entropy(logits, batch["targets"], batch["weights"]), dict(memory)
 
 
 def all_finite(tree: PyTree) -> Bool[Array, ""]:

@@ -181,9 +181,11 @@ def restore_or_init(plan: Plan, checkpoints: Checkpoints, placement: Placement) 
 def evaluate(step_fn: Callable, variables: PyTree, source: Any, plan: Plan, placement: Placement, max_batches: int = 0) -> Window:
     """Sums of the metrics over a split (its first `max_batches` batches, if that is not 0).
 
+    A model with memory starts with none, and carries it from each batch to the next.
+
     step_fn: `eval_step` bound to the model and jitted.
     """
-    window = Window()
+    window, memory = Window(), {}
     batches = eval_batches(
         source, batch_size=plan.train.eval_batch_size or plan.train.batch_size, **placement.rows()
     )  # fmt: skip
@@ -192,7 +194,7 @@ def evaluate(step_fn: Callable, variables: PyTree, source: Any, plan: Plan, plac
         for i, batch in enumerate(batches):
             if max_batches and i >= max_batches:
                 break
-            sums = step_fn(variables, placement.put(batch))
+            sums, memory = step_fn({**variables, **memory}, placement.put(batch))
             if pending is not None:
                 window.add(jax.device_get(pending))
             pending = sums

@@ -20,6 +20,7 @@ from efficient_attn.mixers.bigbird import BigBird
 from efficient_attn.mixers.blockbert import BlockBERT
 from efficient_attn.mixers.bp_transformer import BPTransformer
 from efficient_attn.mixers.combiner import Combiner
+from efficient_attn.mixers.compressive_transformer import CompressiveTransformer
 from efficient_attn.mixers.context import Context
 from efficient_attn.mixers.dss import DSS
 from efficient_attn.mixers.fnet import FNet
@@ -28,6 +29,7 @@ from efficient_attn.mixers.global_local import GlobalLocal
 from efficient_attn.mixers.h_transformer import HTransformer1D
 from efficient_attn.mixers.identity import Identity
 from efficient_attn.mixers.image_local import ImageLocal1D, ImageLocal2D
+from efficient_attn.mixers.infinite_former import InfiniteFormer
 from efficient_attn.mixers.linear_attention import LinearAttention
 from efficient_attn.mixers.linformer import REFUSES_DOCUMENTS as LINFORMER_DOCUMENTS
 from efficient_attn.mixers.linformer import Linformer
@@ -58,6 +60,7 @@ from efficient_attn.mixers.smyrf import REFUSES_DOCUMENTS as SMYRF_DOCUMENTS
 from efficient_attn.mixers.smyrf import Smyrf
 from efficient_attn.mixers.sparse_transformer import SparseTransformer
 from efficient_attn.mixers.synthesizer import Synthesizer
+from efficient_attn.mixers.transformer_xl import ErnieDoc, TransformerXL
 
 __all__ = ["MIXERS", "S5", "Attention", "Context", "Entry", "Identity", "build", "state_size"]
 
@@ -219,6 +222,10 @@ MIXERS: Mapping[str, Entry] = {
         refuses_documents=BPTransformer.refuses_documents,
         recall=0.3,
     ),
+    "transformer_xl": Entry(TransformerXL, cost="L (L + memory_length)", recall=0.3),
+    "ernie_doc": Entry(ErnieDoc, cost="L (L + memory_length)", recall=0.3),
+    "compressive_transformer": Entry(CompressiveTransformer, cost="L (L + memory_length + compressed_length)", recall=0.3),
+    "infinite_former": Entry(InfiniteFormer, cost="L (L + memory_length + num_basis)", recall=0.3),
     "identity": Entry(Identity, cost="L", recall="mixes nothing: every position sees itself alone"),
 }
 

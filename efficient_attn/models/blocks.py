@@ -70,10 +70,12 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B L E"], ctx: Context) -> Float[Array, "B L E"]:
-        mixer = mixers.build(self.mixer, name="mixer", dtype=self.dtype)
-        x = self._residual("norm_mixer", mixer, x, ctx)
+        mixer, norm = mixers.build(self.mixer, name="mixer", dtype=self.dtype), self._norm("norm_mixer")
+        x = self._residual(norm, mixer, x, ctx)
         if self.feed_forward_width:
-            x = self._residual("norm_mlp", self._feed_forward(), x, ctx)
+            x = self._residual(self._norm("norm_mlp"), self._feed_forward(), x, ctx)
+        if getattr(mixer, "remembers_output", False):
+            mixer.remember(norm(x, ctx) if self.prenorm else x, ctx)
         return x
 
     def _feed_forward(self) -> nn.Module:
@@ -90,15 +92,15 @@ class Block(nn.Module):
             return FeedForward(**network, chunk=self.feed_forward_chunk)
         return moe.MixtureOfExperts(routing, **network)
 
-    def _residual(self, norm_name: str, layer: Callable, x, ctx: Context):
+    def _residual(self, norm: Norm, layer: Callable, x, ctx: Context):
         if self.prenorm:
-            return x + self._branch(norm_name, layer, x, ctx)
+            return x + self._branch(norm, layer, x, ctx)
         x = x + nn.Dropout(self.dropout)(layer(x, ctx), deterministic=not ctx.train)
-        return self._norm(norm_name)(x, ctx)
+        return norm(x, ctx)
 
-    def _branch(self, norm_name: str, layer: Callable, x, ctx: Context):
+    def _branch(self, norm: Norm, layer: Callable, x, ctx: Context):
         """What a layer with its norm before it adds to x."""
-        y = layer(self._norm(norm_name)(x, ctx), ctx)
+        y = layer(norm(x, ctx), ctx)
         return nn.Dropout(self.dropout)(y, deterministic=not ctx.train)
 
     def _norm(self, name: str) -> Norm:
@@ -114,8 +116,9 @@ class ReversibleBlock(Block):
     @nn.compact
     def __call__(self, x: Float[Array, "B L E"], ctx: Context, half: str) -> Float[Array, "B L E"]:
         if half == "mixer":
-            return self._branch("norm_mixer", mixers.build(self.mixer, name="mixer", dtype=self.dtype), x, ctx)
-        return self._branch("norm_mlp", self._feed_forward(), x, ctx)
+            mixer = mixers.build(self.mixer, name="mixer", dtype=self.dtype)
+            return self._branch(self._norm("norm_mixer"), mixer, x, ctx)
+        return self._branch(self._norm("norm_mlp"), self._feed_forward(), x, ctx)
 
 
 def masked_mean(x: Float[Array, "B L E"], mask: Bool[Array, "B L"]) -> Float[Array, "B E"]:

@@ -4,8 +4,9 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from efficient_attn.mixers import MIXERS
 from efficient_attn.mixers.context import Context
-from efficient_attn.models.trunk import Trunk
+from efficient_attn.models.trunk import Trunk, mixers_by_depth
 
 
 class LanguageModel(Trunk):
@@ -18,6 +19,12 @@ class LanguageModel(Trunk):
     """
 
     tied: bool = False
+
+    @property
+    def has_memory(self) -> bool:
+        """Whether a layer carries state from segment to segment."""
+        mixers = mixers_by_depth(self.mixer, self.depth)
+        return any(getattr(MIXERS[mixer["name"]].constructor, "has_memory", False) for mixer in mixers)
 
     @nn.compact
     def __call__(self, inputs: Int[Array, "B L"], ctx: Context) -> Float[Array, "B L V"]:

@@ -98,6 +98,16 @@ class Task(abc.ABC):
         """Number of examples of each split, known without reading any data."""
 
     @property
+    def packed(self) -> bool:
+        """Whether rows hold several documents, told apart by `segment_ids`."""
+        return False
+
+    @property
+    def contiguous(self) -> bool:
+        """Whether row r of each batch continues row r of the batch before."""
+        return False
+
+    @property
     def floors(self) -> Mapping[str, float]:
         """Accuracies (0..1) that simple heuristics reach, to be drawn beside a learning curve. May be empty."""
         return {}

@@ -20,11 +20,14 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from efficient_attn.tasks.base import SPLITS, Example, Head, Source, Split, Task, TaskError
+from efficient_attn.tasks.base import SPLITS, Head, Source, Split, Task, TaskError
+from efficient_attn.tasks.windows import EvaluationStreams, Streams, Windows
 
 SEPARATOR = b"\0"
 CHUNK = 2**24  # bytes read at a time
 MAX_EXAMPLES = 4_000_000  # default bound on the windows of train: shuffling takes 4 bytes and about 40 ns each
+ORDERS: Mapping[str, str] = {"shuffled": "", "streams": "-streams"}
+"""How training reads, and what the data's name says of it."""
 NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
 
 
@@ -35,37 +38,6 @@ class Piece:
     path: pathlib.Path
     start: int
     stop: int
-
-
-class Windows:
-    """Windows of `context` bytes at `count` equally spaced starts, 0 <= start < span; each target is the byte after its input.
-
-    Window i starts at floor(i span / count). Positions whose target lies past the end of the data have mask False and weight 0.
-    """
-
-    def __init__(self, data: np.ndarray, context: int, span: int, count: int):
-        self._data, self._offsets, self._span, self._count = data, np.arange(context + 1), span, count
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, index: int) -> Example:
-        return {key: value[0] for key, value in self.batch(np.array([index])).items()}
-
-    def batch(self, indices: np.ndarray) -> Example:
-        """The windows `indices` [n], stacked: every array is [n, context]."""
-        if np.min(indices) < 0 or np.max(indices) >= self._count:
-            raise IndexError(f"window indices must be in [0, {self._count}); got {np.min(indices)}..{np.max(indices)}")
-        starts = np.asarray(indices, np.int64) * self._span // self._count
-        places = starts[:, None] + self._offsets
-        windows = self._data[np.minimum(places, len(self._data) - 1)].astype(np.int32)
-        mask = places[:, 1:] < len(self._data)
-        return {
-            "inputs": windows[:, :-1] * mask,
-            "mask": mask,
-            "targets": windows[:, 1:] * mask,
-            "weights": mask.astype(np.float32),
-        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +56,13 @@ class LMText(Task):
     Train example i is the window that starts at a byte offset, and there is one for every offset, so that batches are uniform
     draws of offsets without replacement (nanoGPT draws with replacement). So an epoch reads every byte `context` times: give
     durations in steps. `num_examples` > 0 takes that many equally spaced offsets instead; train size / context of them read
-    the text about once. Above 4 million offsets the default is 4 million. Windows run across the ends of documents.
+    the text about once. Above 4 million offsets the default is 4 million.
+
+    With order="streams", for models with memory, row r of each batch continues row r of the batch before, in training and in
+    evaluation: B readers, evenly spread over the text, each of which goes on to the end and then from its start.
+
+    Windows run across the ends of documents. With documents=True they carry segment_ids that count the separators, so that
+    nothing flows between documents, nor in a memory from one to the next; a separator belongs to the document it precedes.
 
     Valid and test are consecutive, non-overlapping windows: every byte but the first is predicted exactly once, from at most
     `context` bytes before it (those of its window). The last window is padded.
@@ -93,7 +71,8 @@ class LMText(Task):
         path: a file, a folder, or "".
         context: L, bytes in a window.
         valid_fraction, test_fraction: of the bytes; not used where the folder names its splits.
-        num_examples: windows of train; 0 means as above.
+        num_examples: windows of train; 0 means as above. Of streams there are size / context.
+        order: one of `ORDERS`. documents: keep documents apart.
         data_dir: folder of all data; the corpus is copied into a folder of its own there.
 
     Constructing looks at nothing. `sizes` lists the files; `name` and `cost` read them once, since the name holds a digest of
@@ -110,6 +89,8 @@ class LMText(Task):
     valid_fraction: float = 0.05
     test_fraction: float = 0.05
     num_examples: int = 0
+    order: str = "shuffled"
+    documents: bool = False
     data_dir: str = "data"
 
     def __post_init__(self):
@@ -118,9 +99,21 @@ class LMText(Task):
         if min(self.valid_fraction, self.test_fraction) <= 0 or self.valid_fraction + self.test_fraction >= 1:
             raise TaskError(f"lm_text: valid_fraction and test_fraction must be positive and sum to less than 1; got {self}.")
 
+        if self.order not in ORDERS or (self.order == "streams" and self.num_examples):
+            raise TaskError(f"lm_text: order must be one of {', '.join(ORDERS)}, and streams go with num_examples=0; got {self}.")
+
     @property
     def name(self) -> str:
-        return f"{self.folder.name}-context{self.context}-n{self.sizes['train']}"
+        kept_apart = "-documents" if self.documents else ""
+        return f"{self.folder.name}-context{self.context}-n{self.sizes['train']}{ORDERS[self.order]}{kept_apart}"
+
+    @property
+    def packed(self) -> bool:
+        return self.documents
+
+    @property
+    def contiguous(self) -> bool:
+        return self.order == "streams"
 
     @property
     def folder(self) -> pathlib.Path:
@@ -144,7 +137,8 @@ class LMText(Task):
     def sizes(self) -> Mapping[Split, int]:
         offsets = self._bytes["train"] - self.context
         evaluated = {split: math.ceil((self._bytes[split] - 1) / self.context) for split in ("valid", "test")}
-        return {"train": self.num_examples or min(offsets, MAX_EXAMPLES), **evaluated}
+        windows = self._bytes["train"] // self.context if self.contiguous else min(offsets, MAX_EXAMPLES)
+        return {"train": self.num_examples or windows, **evaluated}
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode(errors="surrogateescape"))
@@ -178,9 +172,12 @@ class LMText(Task):
         if not self._is_prepared():
             raise TaskError(f"{path} is missing: call the task's prepare() first (train.py does).")
         data = np.asarray(np.memmap(path, np.uint8, mode="r"))
+        if split == "train" and self.contiguous:
+            return Streams(data, self.context, documents=self.documents)
         if split == "train":
-            return Windows(data, self.context, span=len(data) - self.context, count=self.sizes["train"])
-        return Windows(data, self.context, span=self.sizes[split] * self.context, count=self.sizes[split])
+            return Windows(data, self.context, len(data) - self.context, self.sizes["train"], documents=self.documents)
+        kind = EvaluationStreams if self.contiguous else Windows
+        return kind(data, self.context, self.sizes[split] * self.context, self.sizes[split], documents=self.documents)
 
     @property
     def _root(self) -> pathlib.Path:

@@ -24,6 +24,25 @@ Batches = Generator[Batch, None, None]
 
 
 @runtime_checkable
+class StreamSource(Protocol):
+    """A source of contiguous streams: each row of a batch continues the same row of the batch before.
+
+    Train rows are read where `order` says; of an evaluation split of n examples, row r has examples r ceil(n/B) and following.
+    """
+
+    contiguous: bool
+
+    def order(self, seed: int, batch_size: int) -> "Order": ...
+
+
+@runtime_checkable
+class Order(Protocol):
+    """The endless sequence of example indices."""
+
+    def __getitem__(self, positions: slice) -> np.ndarray: ...
+
+
+@runtime_checkable
 class BatchSource(Protocol):
     """A source that makes many examples at once, equal to the stacked `source[i]`."""
 
@@ -56,7 +75,7 @@ def train_batches(
     seeds = [seed] if isinstance(seed, int) else seed
     if not seeds or not all(0 <= s < 2**64 for s in seeds) or start_step < 0:
         raise ValueError(f"seed must be in [0, 2^64) and start_step >= 0; got {seed=}, {start_step=}")
-    orders = [ShuffledEpochs(_length(source), seed) for seed in seeds]
+    orders = [order_of(source, seed, batch_size) for seed in seeds]
 
     def read(step: int) -> Batch:
         first = step * batch_size
@@ -75,23 +94,26 @@ def eval_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Batches:
-    """Every example of `source` once, in order, as `steps_per_epoch` batches of equal shape; this process's rows of them.
+    """Every example of `source` once, as `steps_per_epoch` batches of equal shape; this process's rows of them.
 
+    In order; of streams, each row in its own order.
     Rows past the end are all zero: weight 0 and mask False, so that weighted sums over the batches are exact.
     Arguments and errors as in `train_batches`.
     """
     rows = _process_rows(batch_size, process_index, process_count)
     length = _length(source)
+    steps = steps_per_epoch(length, batch_size)
 
     def read(step: int) -> Batch:
-        indices = np.arange(rows.start, rows.stop) + step * batch_size
+        indices = np.arange(rows.start, rows.stop)
+        indices = indices * steps + step if isinstance(source, StreamSource) else indices + step * batch_size
         batch = read_rows(source, np.minimum(indices, length - 1))
         real = int(np.sum(indices < length))
         if real < len(indices):
             batch = {key: np.concatenate([value[:real], np.zeros_like(value[real:])]) for key, value in batch.items()}
         return batch
 
-    return _prefetched(read, range(steps_per_epoch(length, batch_size)), num_threads, prefetch)
+    return _prefetched(read, range(steps), num_threads, prefetch)
 
 
 def steps_per_epoch(num_examples: int, batch_size: int) -> int:
@@ -105,6 +127,12 @@ def read_rows(source: Source, indices: np.ndarray) -> Batch:
         return source.batch(indices)
     examples: list[Example] = [source[int(index)] for index in indices]
     return {key: np.stack([example[key] for example in examples]) for key in examples[0]}
+
+
+def order_of(source: Source, seed: int, batch_size: int) -> Order:
+    """What training reads, a pure function of its arguments: epochs that are shuffled, or contiguous streams."""
+    length = _length(source)
+    return source.order(seed, batch_size) if isinstance(source, StreamSource) else ShuffledEpochs(length, seed)
 
 
 class ShuffledEpochs:

@@ -53,6 +53,7 @@ ARGUMENTS = {
     "sinkhorn": dict(num_heads=2, block_size=5, max_length=65, iterations=3),
     "smyrf": dict(num_heads=2, cluster_size=5, rounds=2),
     "scfa": dict(num_heads=2, num_buckets=2),
+    "infinite_former": dict(num_heads=2, num_basis=4),
 }
 CAUSAL = [name for name, entry in MIXERS.items() if entry.causal]
 BIDIRECTIONAL = [name for name, entry in MIXERS.items() if entry.bidirectional]
@@ -263,7 +264,7 @@ def recall_accuracy(mixer: dict, steps: int = 500) -> float:
     batches.close()
     correct, count = 0.0, 0.0
     for batch in eval_batches(task.source("test"), batch_size=256):
-        c, n = jax.jit(lambda v, b: eval_step(model, v, b))(state.evaluated(), batch)["accuracy"]
+        c, n = jax.jit(lambda v, b: eval_step(model, v, b)[0])(state.evaluated(), batch)["accuracy"]
         correct, count = correct + float(c), count + float(n)
     return correct / count
 

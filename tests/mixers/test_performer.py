@@ -161,7 +161,7 @@ def test_training_redraws_the_projection(every, accumulate, remat, redrawn):
     tx = optax.adam(1e-3)
     state = jax.jit(lambda: init_state(model, tx, 0, batch, ema=False))()
     step = jax.jit(lambda state: train_step(model, tx, state, batch, accumulate=accumulate)[0])
-    evaluate = jax.jit(lambda state: eval_step(model, state.evaluated(), batch)["loss"][0])
+    evaluate = jax.jit(lambda state: eval_step(model, state.evaluated(), batch)[0]["loss"][0])
     drawn = []
     for _ in range(5):
         drawn.append(np.asarray(state.variables["features"]["layer_0"]["mixer"]["projection"]))

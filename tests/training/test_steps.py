@@ -99,8 +99,8 @@ def test_batch_statistics_are_carried_and_used():
     new, _ = train_step(model, tx, state, batch)
     changed = jax.tree.map(lambda a, b: bool(np.any(a != b)), state.variables, new.variables)
     assert all(jax.tree.leaves(changed))
-    a = eval_step(model, new.evaluated(), batch)["loss"][0]
-    b = eval_step(model, {"params": new.params, **state.variables}, batch)["loss"][0]
+    a = eval_step(model, new.evaluated(), batch)[0]["loss"][0]
+    b = eval_step(model, {"params": new.params, **state.variables}, batch)[0]["loss"][0]
     assert a != b
 
 
