@@ -96,7 +96,7 @@ class SectionView:
             fixed = ", ".join(f"{name} = {value:g}" for name, value in sizes.items() if name != last)
             groups.setdefault(fixed, {})[sizes[last]] = column
         panels = [(title, self._trend(columns, last)) for title, columns in groups.items() if len(columns) > 1]
-        return last, [(title, svg) for title, svg in panels if svg]
+        return SIZES.get(last, last), [(title, svg) for title, svg in panels if svg]
 
     def _trend(self, columns: Mapping[float, str], size: str) -> Markup:
         lines = []
@@ -109,6 +109,20 @@ class SectionView:
         floors = self.section.protocol.floors.get(next(iter(columns.values())), {})
         log_y = not self.percent and all(y > 0 for line in lines for _, y in line.points)
         return Markup(plots.trend(lines, floors, size, unit=self.section.metric.unit, log_y=log_y)) if lines else Markup("")
+
+    @property
+    def states(self) -> list[Panel]:
+        """Figures against the bytes that decoding keeps of a sequence: a line for each row, a point for each column."""
+        lines = []
+        for row, style in self.styles.items():
+            figures = [figure for figure in self.section.figures[row].values() if figure.mean is not None]
+            sized = [(cost["state_bytes"], figure) for figure in figures if (cost := self.cost(figure)) and cost["state_bytes"]]
+            if sized:
+                lines.append(Line(style, sorted((size, figure.mean) for size, figure in sized)))
+        if len(lines) < 2:
+            return []
+        floors = self.section.protocol.floors.get(self.section.protocol.columns[0], {})
+        return [("", Markup(plots.trend(lines, floors, "bytes a sequence", unit=self.section.metric.unit, every_tick=False)))]
 
     @property
     def bubbles(self) -> list[Panel]:
@@ -162,6 +176,10 @@ def mixers_of(figure: Figure) -> Sequence[str]:
         mixer = run.config["model"].get("mixer", {})
         found |= {m["name"]: None for m in (mixer if isinstance(mixer, list) else [mixer]) if "name" in m}
     return list(found)
+
+
+SIZES = {"L": "length", "d": "width", "N": "state size"}
+"""What the letters in columns' names stand for."""
 
 
 def sizes_of(column: str) -> dict[str, float]:

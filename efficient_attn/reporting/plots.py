@@ -5,6 +5,7 @@ Rows of a table keep one style on all figures of a section: `style(i)`. What the
 
 import dataclasses
 import io
+import math
 import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -92,8 +93,13 @@ def curves(lines: Sequence[Line], floors: Mapping[str, float], percent: bool) ->
     return _panel(draw)
 
 
-def trend(lines: Sequence[Line], floors: Mapping[str, float], xlabel: str, *, unit: str, log_y: bool = False) -> str:
-    """Figures against a size on a logarithmic axis, with bands of a standard deviation."""
+def trend(
+    lines: Sequence[Line], floors: Mapping[str, float], xlabel: str, *, unit: str, log_y: bool = False, every_tick: bool = True
+) -> str:
+    """Figures against a size on a logarithmic axis, with bands of a standard deviation.
+
+    every_tick: a tick at each size, else at some powers of two.
+    """
 
     def draw(axes: Axes) -> None:
         for line in lines:
@@ -105,6 +111,9 @@ def trend(lines: Sequence[Line], floors: Mapping[str, float], xlabel: str, *, un
         _floors(axes, floors)
         axes.set_xscale("log", base=2)
         ticks = sorted({x for line in lines for x, _ in line.points})
+        if not every_tick:
+            powers = range(math.floor(math.log2(ticks[0])), math.ceil(math.log2(ticks[-1])) + 1)
+            ticks = [2.0**power for power in powers][:: max(1, len(powers) // 5)]
         axes.set_xticks(ticks, [short(x, 1024) for x in ticks])
         axes.xaxis.set_minor_locator(NullLocator())
         if log_y:

@@ -19,7 +19,7 @@ from efficient_attn.arguments import ConfigError, suggest
 from efficient_attn.config import normal_form
 from efficient_attn.reporting import runs
 from efficient_attn.reporting.runs import Run, State
-from efficient_attn.tables import Cell, Metric, Protocol, Published, Table
+from efficient_attn.tables import ROOT, Cell, Metric, Protocol, Published, Table
 
 Member = tuple[Cell, Run]
 
@@ -166,6 +166,12 @@ class Summary:
     sections: tuple[Section, ...]
 
     @property
+    def command_root(self) -> pathlib.Path:
+        """Where commands put runs: in `root`, but in the default folder where `root` is that of committed results."""
+        committed = self.root.resolve().is_relative_to(ROOT / "results")
+        return pathlib.Path("runs") / self.table.name if committed else self.root
+
+    @property
     def states(self) -> collections.Counter:
         """How many seeds of all candidates are at each state."""
         return _states(self.members)
@@ -243,7 +249,8 @@ def _section(table: Table, name: str, members: Sequence[Member]) -> Section:
         for column in (cell.column, *cell.lengths) if cell.protocol == name else ():
             places.setdefault((cell.row, column), []).append((cell, run))
     figures: dict[str, dict[str, Figure]] = {}
-    for row in table.rows(name):
+    has_own = published.keys() | measured.keys() | {row for row, _ in places}
+    for row in (row for row in table.rows(name) if row in has_own):
         for column in protocol.columns:
             figures.setdefault(row, {})[column] = Figure(
                 row, column, metric, _candidates(places.get((row, column), ()), column, metric),

@@ -61,7 +61,10 @@ def sources(section: Section) -> list[str]:
 
 
 def notes(section: Section) -> list[str]:
-    return [f"{figure.row}, {figure.column}: {note}" for figure in section for note in figure.notes]
+    """Of ours, a note for each figure; of published ones each once for its row."""
+    ours = [f"{figure.row}, {figure.column}: {note}" for figure in section for note in figure.notes]
+    printed = [(figure.row, cell.note) for figure in section if (cell := figure.published or figure.beside) and cell.note]
+    return ours + [f"{row}, published: {note}" for row, note in dict.fromkeys(printed)]
 
 
 def paste(cell: Cell, root: pathlib.Path) -> str:
@@ -75,7 +78,9 @@ def command_of(run: Run) -> str:
 
 
 def commands(figure: Figure, root: pathlib.Path) -> list[str]:
-    return [paste(cell, root) for candidate in figure.candidates for cell, _ in candidate.members]
+    """For each run, what it says it was made by, or what would make it in `root`."""
+    members = [member for candidate in figure.candidates for member in candidate.members]
+    return [command_of(run) if run.info.get("argv") else paste(cell, root) for cell, run in members]
 
 
 def floor_rows(section: Section) -> dict[str, dict[str, float]]:
@@ -244,7 +249,7 @@ def _record(summary: Summary, section: Section, figure: Figure) -> dict[str, Any
         "published": published.value if published else None, "published_sd": published.std if published else None,
         "difference": figure.difference, "source": published.source if published else "",
         "beside": beside.value if beside else None, "beside_source": beside.source if beside else "",
-        "notes": "; ".join(figure.notes), "command": "\n".join(commands(figure, summary.root)),
+        "notes": "; ".join(figure.notes), "command": "\n".join(commands(figure, summary.command_root)),
     }  # fmt: skip
 
 
@@ -263,7 +268,12 @@ def as_json(summary: Summary) -> str:
     for section in summary.sections:
         for figure in section:
             runs = [
-                {"choice": candidate.choice, "seeds": list(cell.seeds), "command": paste(cell, summary.root), **run_record(run)}
+                {
+                    "choice": candidate.choice,
+                    "seeds": list(cell.seeds),
+                    "command": paste(cell, summary.command_root),
+                    **run_record(run),
+                }
                 for candidate in figure.candidates
                 for cell, run in candidate.members
             ]

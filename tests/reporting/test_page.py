@@ -62,7 +62,7 @@ def report(tmp_path_factory):
     for cell in table.cells["cpu"][:9]:
         run = write_run(cell, folder / "runs", 0.6 + 0.1 * cell.seed)
     (run / "eval.json").write_text("{")
-    cost = costs.Cost(parameters=54272, flops_per_token=3e5, flops_loops=1, step_bytes=2**25, backend="cpu")
+    cost = costs.Cost(parameters=54272, flops_per_token=3e5, flops_loops=1, step_bytes=2**25, state_bytes=4096, backend="cpu")
     cell = table.cells["cpu"][0]
     costs.write(folder / "runs", {cell.workdir(folder / "runs"): cost})
     tables.write(table.path, folder / "out", root=folder / "runs")
@@ -168,7 +168,7 @@ def test_a_browser_draws_the_plots_in_the_colours_of_its_scheme(report, tmp_path
 def test_runs_are_compared(tmp_path, monkeypatch):
     table = write_table(tmp_path)
     folders = [write_run(table.cells["cpu"][i], tmp_path / "runs", 0.5 + 0.1 * i) for i in (0, 3)]
-    cost = costs.Cost(parameters=10, flops_per_token=2e6, flops_loops=0, step_bytes=2**20, backend="cpu")
+    cost = costs.Cost(parameters=10, flops_per_token=2e6, flops_loops=0, step_bytes=2**20, state_bytes=4096, backend="cpu")
     monkeypatch.setattr(costs, "measure", lambda config: cost | {"parameters": config["model"]["width"]})
     markdown, page = compare.write(folders, tmp_path / "out")
     said = markdown.read_text()

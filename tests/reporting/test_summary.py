@@ -16,7 +16,7 @@ from efficient_attn.arguments import ConfigError
 from efficient_attn.config import normal_form
 from efficient_attn.reporting import summary, tables, text
 from efficient_attn.reporting.runs import State
-from efficient_attn.tables import Cell
+from efficient_attn.tables import ROOT, Cell
 
 SCORES = {("softmax", 0): 0.9, ("softmax", 1): 0.8, ("softmax", 2): 0.7}
 
@@ -64,6 +64,15 @@ def test_a_failure_that_the_sweep_recorded_is_counted(table, tmp_path):
     figure = first(table, tmp_path)
     assert figure.failed == 1 and text.seeds(figure) == "n = 2 of 3, 1 failed"
     assert figure.notes == ["2 of 3 seeds: failed (train_loss is not finite at step 7)"]
+
+
+def test_commands_never_write_into_committed_results(table, tmp_path):
+    found = summary.summarise(table, tmp_path / "runs", "cpu")
+    assert found.command_root == tmp_path / "runs"
+    committed = dataclasses.replace(found, root=ROOT / "results/cpu/tables/table")
+    assert str(committed.command_root) == "runs/table"
+    figure = found.sections[0].figures["softmax"]["L=64 d=32"]
+    assert text.commands(figure, found.command_root)[0].endswith(f"--workdir={figure.candidates[0].members[0][1].folder}")
 
 
 def test_where_nothing_ran_the_figure_says_so_with_its_commands(table, tmp_path):
