@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Inexact
 
+from kernels import mesh
+
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def spread(w: Inexact[Array, "*E"], shape: tuple[int, ...]) -> Inexact[Array, "..."]:
@@ -25,6 +27,8 @@ def _forward(w, shape):
 
 
 def _backward(shape, own, g):
+    if mesh.shards(mesh.SEQ) > 1:  # rows cannot be joined with positions that lie on other devices
+        return (g.astype(_wide(g)).sum(axis=tuple(range(g.ndim - len(own)))).astype(g.dtype),)
     rows = g.reshape(-1, math.prod(own))
     total = lax.dot(jnp.ones((1, len(rows)), g.dtype), rows, precision=lax.Precision.HIGHEST, preferred_element_type=_wide(g))
     return (total.astype(g.dtype).reshape(own),)

@@ -11,6 +11,8 @@ import math
 from jax import lax
 from jaxtyping import Array, Inexact
 
+from kernels import mesh
+
 
 def matmul(x: Inexact[Array, "*batch K"], w: Inexact[Array, "K F"], **options) -> Inexact[Array, "*batch F"]:
     """x w over the last axis of x; `options` go to `lax.dot_general`."""
@@ -21,12 +23,12 @@ def dot_general(lhs: Inexact[Array, "..."], rhs: Inexact[Array, "..."], dimensio
     """`lax.dot_general`, flattened to a product of matrices where it contracts the last axes of `lhs` with the first of `rhs`.
 
     Made to be the `dot_general` of `flax.linen.Dense` and `DenseGeneral`. Other contractions pass through unchanged. Flattening
-    joins axes that a mesh may shard separately: with the sequence axis sharded, leave Flax its own.
+    joins axes that a mesh may split separately: nothing is flattened where the sequence axis is.
     """
     (lhs_axes, rhs_axes), (lhs_batch, _) = dimension_numbers
     n = len(lhs_axes)
     is_by_weights = tuple(lhs_axes) == tuple(range(lhs.ndim - n, lhs.ndim)) and tuple(rhs_axes) == tuple(range(n))
-    if not is_by_weights or lhs_batch:
+    if not is_by_weights or lhs_batch or mesh.shards(mesh.SEQ) > 1:
         return lax.dot_general(lhs, rhs, dimension_numbers, **options)
     rows, columns = lhs.shape[: lhs.ndim - n], rhs.shape[n:]
     inner = math.prod(rhs.shape[:n])

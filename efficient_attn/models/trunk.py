@@ -14,6 +14,7 @@ from efficient_attn.arguments import ConfigError, lookup
 from efficient_attn.mixers.context import Context
 from efficient_attn.models import reversible
 from efficient_attn.models.blocks import NORMS, REMAT_POLICIES, Block, ReversibleBlock
+from kernels import mesh
 
 
 class Trunk(nn.Module):
@@ -81,7 +82,7 @@ class Trunk(nn.Module):
         embedding = self._position_embedding("positions")
         if not embedding.per_layer:
             x = self._with_positions(embedding, x, ctx)
-        return nn.Dropout(self.embed_dropout)(x, deterministic=not ctx.train)
+        return laid_out(nn.Dropout(self.embed_dropout)(x, deterministic=not ctx.train))
 
     def blocks(self, x: Float[Array, "B L E"], ctx: Context) -> Float[Array, "B L E"]:
         """The stack of blocks, and the norm that closes it."""
@@ -97,7 +98,7 @@ class Trunk(nn.Module):
             embedding = self._position_embedding(f"positions_{i}")
             if embedding.per_layer:
                 x = self._with_positions(embedding, x, ctx)
-            x = layer(x, ctx)
+            x = laid_out(layer(x, ctx))
         return x
 
     def _reversible(self, x: Float[Array, "B L E"], ctx: Context) -> Float[Array, "B L E"]:
@@ -154,6 +155,11 @@ _BLOCK_FIELDS = (
     "norm", "prenorm", "norm_momentum", "feed_forward", "feed_forward_width", "feed_forward_chunk", "use_bias", "dropout",
     "dtype",
 )  # fmt: skip
+
+
+def laid_out(x: Float[Array, "B L E"]) -> Float[Array, "B L E"]:
+    """`x` with its rows and positions over the mesh, so that the partitioner brings weights to activations, not the reverse."""
+    return mesh.constrain(x, mesh.ROWS, mesh.SEQ, None)
 
 
 def mixers_by_depth(mixer: Mapping | Sequence[Mapping], depth: int) -> list[Mapping]:

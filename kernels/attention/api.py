@@ -1,5 +1,6 @@
 """`attend`: the one entry to every implementation of exact softmax attention."""
 
+import functools
 import math
 import numbers
 
@@ -7,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels.attention import chunked, library, masks, portable, reference
+from kernels import mesh
+from kernels.attention import chunked, library, masks, portable, reference, ring, sharded
 from kernels.attention.biases import Bias
 from kernels.attention.call import Call, Spec, spec_of
 from kernels.attention.dropout import Dropout
@@ -20,14 +22,22 @@ def _anything(spec: Spec) -> None:
     return None
 
 
+def _on_one_device(call: Call):
+    """Of the stretch that a device of a ring has: the fastest implementation."""
+    return IMPLEMENTATIONS[_choose(call, True, None).name].run(call)
+
+
 IMPLEMENTATIONS = {
+    "ring": Implementation(
+        functools.partial(ring.attend, _on_one_device), ring.why_not, "stretches of keys go round the devices along seq"
+    ),
     "reference": Implementation(reference.attend, _anything, "dense float32: the specification, memory O(L S)"),
     "chunked": Implementation(chunked.attend, _anything, "XLA, lazy softmax over tiles, memory O(L)"),
     "portable": Implementation(portable.attend, portable.why_not, "Pallas kernels, compiled on a GPU and interpreted on a CPU"),
     "xla": Implementation(library.attend_xla, library.why_not_xla, "jax.nn.dot_product_attention, memory O(L S)"),
     "cudnn": Implementation(library.attend_cudnn, library.why_not_cudnn, "jax.nn.dot_product_attention in cuDNN, fused"),
 }
-PREFERENCE = ("chunked", "reference")
+PREFERENCE = ("ring", "chunked", "reference")
 
 
 def attend(
@@ -67,6 +77,9 @@ def attend(
       return_lse: also return the log-sum-exp of each row of scores, through which gradients flow too.
       implementation: a name in `IMPLEMENTATIONS`, or None for the first in `PREFERENCE` that can; see `explain`.
 
+    Under a mesh (`jax.set_mesh`, see `kernels.mesh`) each device computes its rows and heads, and where the mesh has an axis seq
+    that divides L = S, its stretch of the sequence: `ring`.
+
     Returns:
       [B, L, H, Dv] in the type of q, and with `return_lse` the pair (that, lse [B, L, H]).
 
@@ -77,7 +90,9 @@ def attend(
     arrays = (q, k, v, bias, segment_ids, q_positions, kv_positions, dropout)
     call = _call(*arrays, mask=mask, softcap=softcap, scale=scale)
     choice = _choose(call, return_lse, implementation)
-    out, lse = IMPLEMENTATIONS[choice.name].run(call)
+    run = IMPLEMENTATIONS[choice.name].run
+    is_split = choice.name != "ring" and mesh.shards((*mesh.ROWS, mesh.MODEL, mesh.SEQ)) > 1
+    out, lse = sharded.attend(run, call) if is_split else run(call)
     return (out, lse) if return_lse else out
 
 

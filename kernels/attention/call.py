@@ -8,10 +8,24 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from kernels import mesh
 from kernels.attention.biases import Bias
 from kernels.attention.masks import Mask
 
-_DATA = ["q", "k", "v", "bias", "q_segments", "kv_segments", "q_positions", "kv_positions", "dropout"]
+_DATA = ["q", "k", "v", "bias", "q_segments", "kv_segments", "q_positions", "kv_positions", "dropout", "spans"]
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["which"], meta_fields=["variants"])
+@dataclasses.dataclass(frozen=True)
+class Spans:
+    """What is known of traced positions before tracing: one of `variants`, by the traced number `which`.
+
+    A variant is ((start, step) of queries, (start, step) of keys): index i stands at position start + step i. An implementation
+    may skip the tiles that the mask rules out there; it may also leave it.
+    """
+
+    which: Any
+    variants: tuple[tuple[tuple[int, int], tuple[int, int]], ...]
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=_DATA, meta_fields=["mask", "softcap", "scale"])
@@ -20,9 +34,9 @@ class Call:
     """The arguments of `attend`, checked and completed; what is absent is None.
 
     q [B, L, H, D], k [B, S, G, D], v [B, S, G, Dv], bias a `Bias`, q_segments [B, L] and kv_segments [B, S], q_positions
-    [1 or B, L] and kv_positions [1 or B, S], dropout a `Dropout`. Positions that are None are the default ones, known before
-    tracing: queries S - L ... S - 1, keys 0 ... S - 1. The fields of a pytree have no checked types: JAX rebuilds it around
-    whatever a transformation makes of its leaves.
+    [1 or B, L] and kv_positions [1 or B, S], dropout a `Dropout`, spans a `Spans`. Positions that are None are the default ones,
+    known before tracing: queries S - L ... S - 1, keys 0 ... S - 1. The fields of a pytree have no checked types: JAX rebuilds
+    it around whatever a transformation makes of its leaves.
     """
 
     q: Any
@@ -34,9 +48,10 @@ class Call:
     q_positions: Any
     kv_positions: Any
     dropout: Any
-    mask: Mask
-    softcap: float | None
-    scale: float
+    spans: Any = None
+    mask: Mask = dataclasses.field(kw_only=True)
+    softcap: float | None = dataclasses.field(kw_only=True)
+    scale: float = dataclasses.field(kw_only=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +59,8 @@ class Spec:
     """The static facts of a call.
 
     `bias` is the name of its class, `bias_gathers` whether its rule indexes arrays, and `bias_whole_axes` the lengths of its
-    arrays' axes that a tile takes whole; `traced_positions`, that positions were given.
+    arrays' axes that a tile takes whole; `bias_pairs`, whether one of them has an axis of queries and one of keys;
+    `traced_positions`, that positions were given; `sequence_shards`, over how many devices the mesh spreads a sequence.
     """
 
     batch: int
@@ -65,6 +81,8 @@ class Spec:
     dropout: bool
     return_lse: bool
     platform: str
+    bias_pairs: bool = False
+    sequence_shards: int = 1
 
 
 def spec_of(call: Call, return_lse: bool, platform: str) -> Spec:
@@ -89,7 +107,14 @@ def spec_of(call: Call, return_lse: bool, platform: str) -> Spec:
         dropout=call.dropout is not None,
         return_lse=return_lse,
         platform=platform,
+        bias_pairs=call.bias is not None and _holds_pairs(call.bias),
+        sequence_shards=mesh.shards(mesh.SEQ),
     )
+
+
+def _holds_pairs(bias: Bias) -> bool:
+    shapes = zip(jax.tree.leaves(bias), bias.axes(), strict=True)
+    return any({"L", "S"} <= {name for name, n in zip(at, leaf.shape) if n > 1} for leaf, at in shapes)
 
 
 def _whole_axes(bias: Bias) -> tuple[int, ...]:

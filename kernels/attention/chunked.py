@@ -157,7 +157,7 @@ def _attend_backward(tiling: Tiling, residuals, cotangents) -> tuple[Call]:
     start = jax.tree.map(lambda x: jnp.zeros(x.shape, dtype), (call.q, call.k, call.v, call.bias))
     gradients = lax.fori_loop(0, tiling.groups, group, start)
     dq, dk, dv, dbias = jax.tree.map(lambda d, x: d.astype(x.dtype), gradients, (call.q, call.k, call.v, call.bias))
-    no_gradient = dict.fromkeys(("q_segments", "kv_segments", "q_positions", "kv_positions", "dropout"))
+    no_gradient = dict.fromkeys(("q_segments", "kv_segments", "q_positions", "kv_positions", "dropout", "spans"))
     return (dataclasses.replace(call, q=dq, k=dk, v=dv, bias=dbias, **no_gradient),)
 
 
@@ -220,8 +220,7 @@ class Row(Group):
 
     def index(self, name: str) -> Int[Array, "n"]:
         """The indices of the row along "B", "H" or "L"."""
-        start, size = self.windows[name]
-        return start + jnp.arange(size)
+        return self.windows[name][0] + jnp.arange(self.windows[name][1])
 
     def start(self, blocks):
         """Where the keys of neighbouring blocks begin, given the first; so that none lies past the end, perhaps before it."""
@@ -273,19 +272,24 @@ class Row(Group):
         size = self.tiling.width if self.tiling.gathered else 1
         for tested, listed in zip((False, True), self.tile_lists()):
             if listed.total:
-                head = 0 if len(listed.counts) == 1 else self.windows["H"][0]
-                blocks = jnp.asarray(listed.columns)[head, self.row]
+                at = self._list(), self.row
+                blocks = jnp.asarray(listed.columns)[at]
 
                 def body(i, carry, tested=tested, blocks=blocks):
                     return visit(carry, lax.dynamic_slice_in_dim(blocks, i * size, size), tested)
 
-                carry = lax.fori_loop(0, jnp.asarray(listed.counts)[head, self.row], body, carry)
+                carry = lax.fori_loop(0, jnp.asarray(listed.counts)[at], body, carry)
         return carry
 
     def tile_lists(self) -> tuple[TileList, TileList]:
         """The tiles of every row to visit without a test, and with one."""
-        call = self.call
-        return tiles.lists(self.tiling, call.mask, known=call.q_positions is None, tested=call.q_segments is not None)
+        c = self.call
+        return tiles.lists(self.tiling, c.mask, known=c.q_positions is None, tested=c.q_segments is not None, spans=c.spans)
+
+    def _list(self):
+        """Which list is that of the row's heads and positions."""
+        spans, heads = self.call.spans, len(of_heads(self.call.mask))
+        return (0 if heads == 1 else self.windows["H"][0]) + (0 if spans is None else spans.which * heads)
 
     def scores(self, blocks, tested: bool):
         """The function (products, bias of the tile) -> scores [B, H, q, k], -inf where not allowed."""

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Int, Int8
 from numpy import ndarray
 
+from kernels.attention.call import Spans
 from kernels.attention.masks import FULL, PARTIAL, SKIP, Mask, of_heads
 
 PAIRS_LOOKED_AT = 2**26
@@ -184,18 +185,37 @@ class Tiling:
         return {"L": self.rows * self.q_tile, "S": self.blocks * self.kv_block}
 
 
-def lists(tiling: Tiling, mask: Mask, *, known: bool, tested: bool) -> tuple[TileList, TileList]:
+def lists(tiling: Tiling, mask: Mask, *, known: bool, tested: bool, spans: Spans | None = None) -> tuple[TileList, TileList]:
     """The tiles of every row of `tiling` to visit without a test, and with one.
 
-    known: positions are the default ones; else nothing is known of a tile but what the mask says of any. tested: all are.
+    known: positions are the default ones; else `spans` says what is known of them, variant by variant along the first axis of
+    the lists, or only what the mask says of any tile counts. tested: all are.
     """
-    if known:
+    if spans is not None:
+        kinds = _tables_of(mask, spans.variants, tiling.L, tiling.S, tiling.q_tile, tiling.kv_block)
+    elif known:
         kinds = tables(mask, tiling.L, tiling.S, tiling.q_tile, tiling.kv_block)
     else:
         kinds = np.array([mask.tile(*ANYWHERE) for mask in of_heads(mask)], np.int8)
         kinds = np.broadcast_to(kinds[:, None, None], (len(kinds), tiling.rows, tiling.blocks))
     is_cut_short = np.arange(tiling.blocks) * tiling.kv_block + tiling.kv_block > tiling.S
     return (split if tiling.gathered else split_runs)(kinds, is_cut_short | tested, tiling.width)
+
+
+@functools.lru_cache(maxsize=64)
+def _tables_of(mask: Mask, variants, L: int, S: int, q_tile: int, kv_tile: int) -> Int8[ndarray, "variants_h rows columns"]:
+    """What `tables` gives, for positions by `call.Spans`: the heads of each variant after those of the one before.
+
+    By the bounds of a tile's positions alone, which may lie apart: PARTIAL may stand for SKIP.
+    """
+    q, kv = (np.stack(_bounds(0, n, tile)) for n, tile in ((L, q_tile), (S, kv_tile)))
+    kinds = []
+    for (q_start, step), (kv_start, kv_step) in variants:
+        (q_lo, q_hi), (kv_lo, kv_hi) = q_start + step * q, kv_start + kv_step * kv
+        for head in of_heads(mask):
+            verdict = head.tile(q_lo[:, None], q_hi[:, None], kv_lo[None], kv_hi[None])
+            kinds.append(np.broadcast_to(verdict, (len(q_lo), len(kv_lo))).astype(np.int8))
+    return np.stack(kinds)
 
 
 @functools.lru_cache(maxsize=64)

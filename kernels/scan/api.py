@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Inexact
 
 from kernels.dispatch import Choice, Implementation, choose
-from kernels.scan import associative, chunked, portable, reference
+from kernels.scan import associative, carried, chunked, portable, reference
 from kernels.scan.adjoint import scan_with_adjoint
 
 
@@ -74,6 +74,8 @@ def linear_scan(
       reverse: run from the last position to the first, h_t = a_t h_{t+1} + b_t, from `h0` at the end.
       implementation: a name in `IMPLEMENTATIONS`, or None for the fastest measured on this platform; see `explain`.
 
+    Under a mesh (`jax.set_mesh`, see `kernels.mesh`) each device scans its rows, states and stretch of the sequence: `carried`.
+
     Returns:
       `h` [B, L, *N] and `h_last` [B, *N], the last state computed (the first position's in reverse). The state is at least
       float32 or complex64 whatever the inputs are (64-bit where an input is), and is returned so.
@@ -82,6 +84,8 @@ def linear_scan(
       ValueError: `a` has neither shape, L is 0, or the named implementation cannot run this call.
     """
     choice = explain(a, b, h0=h0, reset=reset, reverse=reverse, implementation=implementation)
+    if carried.is_split():
+        return _on_mesh(a, b, h0, reset, reverse, choice.name)
     dtype = _state_dtype(a, b, h0)
     B, L, *N = b.shape
     time_varying = a.ndim == b.ndim
@@ -90,6 +94,22 @@ def linear_scan(
     h = IMPLEMENTATIONS[choice.name].run(a, b.astype(dtype).reshape(B, L, -1), flat_h0, reset, reverse)
     last = h[:, 0] if reverse else h[:, -1]
     return h.reshape(b.shape), last.reshape(B, *N)
+
+
+def _on_mesh(a, b, h0, reset, reverse: bool, implementation: str):
+    h0 = jnp.zeros((b.shape[0], *b.shape[2:]), _state_dtype(a, b, h0)) if h0 is None else h0
+    state = "M" + "-" * (b.ndim - 3) if b.ndim > 2 else ""
+    time_varying = a.ndim == b.ndim
+
+    def run(b, a, reset, h0):
+        return linear_scan(a, b, h0=h0, reset=reset, reverse=reverse, implementation=implementation)
+
+    def decay(arrays):
+        a, dtype = arrays["a"], h0.dtype
+        return jnp.prod(a.astype(dtype), axis=1) if time_varying else a.astype(dtype) ** arrays["b"].shape[1]
+
+    axes = {"b": "BL" + state, "a": "BL" + state if time_varying else state, "reset": "BL"}
+    return carried.scan(run, decay, {"b": b, "a": a, "reset": reset}, axes, h0, "B" + state, reverse=reverse)
 
 
 def explain(a, b, *, h0=None, reset=None, reverse=False, implementation=None) -> Choice:
@@ -109,7 +129,7 @@ def explain(a, b, *, h0=None, reset=None, reverse=False, implementation=None) ->
         platform=jax.default_backend(),
     )
     preference = PREFERENCE.get(spec.platform, DEFAULT_PREFERENCE)
-    return choose("linear_scan", IMPLEMENTATIONS, preference, spec, implementation)
+    return carried.told(choose("linear_scan", IMPLEMENTATIONS, preference, spec, implementation), spec.length)
 
 
 def _state_dtype(a, b, h0) -> jnp.dtype:

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from kernels.dispatch import Choice, Implementation, choose
-from kernels.scan import selective_chunked, selective_portable, selective_reference, triton
-from kernels.scan.selective_reference import Inputs, keeps
+from kernels.scan import carried, selective_chunked, selective_portable, selective_reference, triton
+from kernels.scan.selective_reference import Inputs, discretise, keeps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,10 +108,29 @@ def selective_scan(
     options = dict(h0=h0, reset=reset, reverse=reverse, implementation=implementation)
     choice = explain_selective(u, delta, A, B, C, D, z, delta_bias, **options)
     dtype = _state_dtype(u, delta, A, B, C, D, z, delta_bias, h0)
+    if carried.is_split():
+        arrays = dict(u=u, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias, reset=reset)
+        h0 = jnp.zeros((len(u), *A.shape), dtype) if h0 is None else h0.astype(dtype)
+        return _on_mesh(arrays, h0, softplus, reverse, choice.name)
     inputs = _inputs(dtype, u, delta, A, B, C, D, z, delta_bias, h0)
     y, last = IMPLEMENTATIONS[choice.name].run(softplus, reverse, inputs, keeps(reset, reverse, dtype))
     last = jnp.moveaxis(last, 1, 2).reshape(len(u), A.shape[1], u.shape[2])
     return y.reshape(u.shape).astype(u.dtype), jnp.swapaxes(last, 1, 2)
+
+
+def _on_mesh(arrays, h0, softplus: bool, reverse: bool, implementation: str):
+    def run(**arrays):
+        return selective_scan(**arrays, softplus=softplus, reverse=reverse, implementation=implementation)
+
+    def decay(arrays):
+        bias = arrays["delta_bias"]
+        dt = arrays["delta"].astype(h0.dtype)
+        dt, _ = discretise(softplus, dt, dt, bias if bias is None else bias.astype(h0.dtype))
+        return jnp.exp(dt.sum(axis=1)[..., None] * arrays["A"][None].astype(h0.dtype))
+
+    by_group = "BL-" if arrays["B"].ndim == 3 else "BLM-"
+    axes = {"u": "BLM", "delta": "BLM", "z": "BLM", "A": "M-", "B": by_group, "C": by_group, "D": "M", "delta_bias": "M"}
+    return carried.scan(run, decay, arrays, {**axes, "reset": "BL"}, h0, "BM-", reverse=reverse)
 
 
 def _inputs(dtype, u, delta, A, B, C, D, z, delta_bias, h0) -> Inputs:
@@ -156,7 +175,7 @@ def explain_selective(
         reverse=reverse,
         platform=jax.default_backend(),
     )
-    return choose("selective_scan", IMPLEMENTATIONS, PREFERENCE, spec, implementation)
+    return carried.told(choose("selective_scan", IMPLEMENTATIONS, PREFERENCE, spec, implementation), length)
 
 
 def _check(u, A, by_group, like_u, by_channel, h0) -> None:

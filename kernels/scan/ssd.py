@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from kernels.dispatch import Choice, Implementation, choose
-from kernels.scan import ssd_forms
+from kernels.scan import carried, ssd_forms
 from kernels.scan.selective_reference import keeps
 
 
@@ -82,9 +82,11 @@ def ssd(
     batch, _, heads, head_dim = x.shape
     groups, states = B.shape[2:]
     h0 = jnp.zeros((batch, heads, head_dim, states), dtype) if h0 is None else h0
+    if carried.is_split():
+        arrays = dict(x=x, dt=dt, A=A, B=B, C=C, D=D, dt_bias=dt_bias, reset=reset)
+        return _on_mesh(arrays, h0, softplus, dt_limit, reverse, choice.name)
     full, dt, A, B, C, D, dt_bias, h0 = (v if v is None else v.astype(dtype) for v in (x, dt, A, B, C, D, dt_bias, h0))
-    dt = dt if dt_bias is None else dt + dt_bias[None, None, :]
-    dt = jnp.clip(jax.nn.softplus(dt) if softplus else dt, *dt_limit)
+    dt = _step_sizes(dt, dt_bias, softplus, dt_limit)
     log_decay = _log_decay(dt, A, None if reset is None else keeps(reset, reverse, dtype))
 
     def grouped(v):
@@ -99,6 +101,25 @@ def ssd(
     y = in_time(y).reshape(x.shape)
     y = y if D is None else y + D[None, None, :, None] * full
     return y.astype(x.dtype), last.reshape(batch, heads, head_dim, states)
+
+
+def _step_sizes(dt, dt_bias, softplus: bool, dt_limit) -> Float[Array, "B L H"]:
+    dt = dt if dt_bias is None else dt + dt_bias[None, None, :]
+    return jnp.clip(jax.nn.softplus(dt) if softplus else dt, *dt_limit)
+
+
+def _on_mesh(arrays, h0, softplus: bool, dt_limit, reverse: bool, implementation: str):
+    def run(**arrays):
+        return ssd(**arrays, softplus=softplus, dt_limit=dt_limit, reverse=reverse, implementation=implementation)
+
+    def decay(arrays):
+        dt, A, dt_bias = (v if v is None else v.astype(h0.dtype) for v in (arrays["dt"], arrays["A"], arrays["dt_bias"]))
+        if A is None:
+            return jnp.ones((1, 1, 1, 1), h0.dtype)
+        return jnp.exp(_step_sizes(dt, dt_bias, softplus, dt_limit).sum(axis=1) * A[None])[..., None, None]
+
+    axes = {"x": "BLM-", "dt": "BLM", "A": "M", "B": "BLM-", "C": "BLM-", "D": "M", "dt_bias": "M", "reset": "BL"}
+    return carried.scan(run, decay, arrays, axes, h0, "BM--", reverse=reverse)
 
 
 def _log_decay(dt: Float[Array, "B L H"], A, keep) -> Float[Array, "B L H"] | None:
@@ -123,7 +144,7 @@ def explain_ssd(x, dt, A, B, C, D=None, dt_bias=None, *, h0=None, implementation
         dtype=str(_state_dtype(x, dt, A, B, C, D, dt_bias, h0)),
         platform=jax.default_backend(),
     )
-    return choose("ssd", IMPLEMENTATIONS, PREFERENCE, spec, implementation)
+    return carried.told(choose("ssd", IMPLEMENTATIONS, PREFERENCE, spec, implementation), length)
 
 
 def _check(x, dt, A, B, C, D, dt_bias, h0) -> None:

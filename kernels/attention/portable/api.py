@@ -44,6 +44,7 @@ def attend(
       blocks: block sizes of each pass, in place of those of `tiling.BLOCKS`.
       interpret: run Pallas's interpreter; None: where the default device is a CPU.
     """
+    call = dataclasses.replace(call, spans=None)  # tiles are listed without them
     out, lse = _attend(plan(call, _interpret(interpret), blocks), call)
     return out, jnp.moveaxis(lse, 1, 2)
 

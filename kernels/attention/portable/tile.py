@@ -17,6 +17,7 @@ from kernels import compat
 from kernels.attention import biases
 from kernels.attention.biases import Bias
 from kernels.attention.call import Call, statistics_dtype, transform_scores
+from kernels.attention.dropout import WORDS
 from kernels.attention.portable.lists import Lists
 from kernels.attention.portable.tiling import Tiling
 
@@ -110,7 +111,7 @@ class Tile:
         """What each weight is multiplied by."""
         if self.call.dropout is None:
             return 1.0
-        words = tuple(self.call.dropout.key[i] for i in range(2))
+        words = tuple(self.call.dropout.key[i] for i in range(WORDS))
         dropout = dataclasses.replace(self.call.dropout, key=words)
         scale = dropout.scale(jnp.full((1,), self.b), jnp.full((1,), self.head), *self._indices())
         return scale.reshape(scale.shape[2:])
