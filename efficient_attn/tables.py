@@ -191,8 +191,10 @@ def published(
         table[row] = {}
         for column, value in zip(columns, values, strict=True):
             value, std = value if isinstance(value, tuple) else (value, None)
+            if isinstance(value, int | float | str):
+                value = Published(value if isinstance(value, str) else float(value), source, std, note)
             if value is not None:
-                table[row][column] = value if isinstance(value, Published) else Published(value, source, std, note)
+                table[row][column] = value
     return table
 
 

@@ -140,16 +140,16 @@ def paper() -> Iterator[Cell]:
             for column in PROTOCOLS[protocol].columns:
                 if recipe in FILES[column].RECIPES:
                     for seed in SEEDS:
-                        yield Cell(_file(column, recipe), row, column, protocol, seed=seed)
+                        yield Cell(file_of(column, recipe), row, column, protocol, seed=seed)
 
 
 def cpu() -> Iterator[Cell]:
     for column in PROTOCOLS["cpu-short"].columns:
         for row in CPU_MIXERS:
-            yield Cell(_file(column, f"{row}_cpu"), row, column, "cpu-short", {"train.tensorboard": False})
+            yield Cell(file_of(column, f"{row}_cpu"), row, column, "cpu-short", {"train.tensorboard": False})
 
 
-def _file(column: str, recipe: str) -> str:
+def file_of(column: str, recipe: str) -> str:
     return f"{FILES[column].__name__.replace('.', '/')}.py:{recipe}"
 
 

@@ -39,7 +39,7 @@ def score(folder: pathlib.Path, lengths: Sequence[int]) -> list[Row]:
     rows = []
     for length in lengths:
         changed = copy.deepcopy(config)
-        changed["task"]["length"] = length
+        changed["task"][trained.task.length_field] = length
         plan = make_plan(changed)
         if jax.tree.map(lambda x: x.shape, plan.state) != jax.tree.map(lambda x: x.shape, trained.state):
             raise workdir.WorkdirError(f"{folder}: the model's parameters depend on the length; it has none for {length}")

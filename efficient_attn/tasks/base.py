@@ -66,6 +66,7 @@ class Task(abc.ABC):
     head: ClassVar[Head]
     metric: ClassVar[str] = "accuracy"
     metric_mode: ClassVar[Literal["max", "min"]] = "max"
+    length_field: ClassVar[str] = "length"  # which argument sets `length`, where one alone does
 
     @property
     @abc.abstractmethod

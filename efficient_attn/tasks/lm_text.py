@@ -82,6 +82,7 @@ class LMText(Task):
     head: ClassVar[Head] = "lm"
     metric: ClassVar[str] = "loss"
     metric_mode: ClassVar[Literal["max", "min"]] = "min"
+    length_field: ClassVar[str] = "context"
     stop_token: ClassVar[int] = SEPARATOR[0]
 
     path: str = ""

@@ -8,15 +8,15 @@ import sys
 import pytest
 from matplotlib.figure import Figure
 
-from configs import synthetic_recall
+from configs import lm_text, synthetic_recall
 from efficient_attn import evaluation, workdir
 from efficient_attn.config import normal_form
 from efficient_attn.reporting import curves, figures, lengths
 
 
-def run_folder(folder, recipe: str, seed: int):
+def run_folder(folder, recipe: str, seed: int, configs=synthetic_recall):
     """What train.py leaves of a run, but for its checkpoints."""
-    config = synthetic_recall.get_config(recipe)
+    config = configs.get_config(recipe)
     config.seed = seed
     folder.mkdir()
     run = {"config": normal_form(config), "cpu": "a cpu", "device_kind": "cpu", "argv": ["train.py"], "commit": "none"}
@@ -43,6 +43,22 @@ def test_every_length_is_scored_on_a_task_of_that_length(tmp_path, scored):
     assert table["s5"][32] == [1 / 32, 1 / 32 + 0.01]
     assert "| s5 | 2 | 3.6 (3.1-4.1) | 2.1 (1.6-2.6) |" in lengths.markdown(table)
     assert statistics.mean(table["s5"][32]) == pytest.approx(1 / 32 + 0.005)
+
+
+def test_a_task_says_which_of_its_arguments_is_the_length(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "score_best", lambda plan, folder: {"step": 7, "test_loss": float(plan.task.context)})
+    rows = lengths.score(run_folder(tmp_path / "s0", "alibi_short", 0, lm_text), [32, 512])
+    assert [(row["trained_at"], row["length"], row["loss"]) for row in rows] == [(64, 32, 32.0), (64, 512, 512.0)]
+
+
+def test_of_replicas_every_seed_has_a_row(tmp_path, monkeypatch):
+    scores = {"step": 7, "test_accuracy": 0.5, "test_accuracy_by_seed": [0.4, 0.6]}
+    monkeypatch.setattr(evaluation, "score_best", lambda plan, folder: scores)
+    folder = run_folder(tmp_path / "s0", "s5", 3)
+    run = workdir.read_json(folder / "run.json")
+    run["config"]["train"]["replicas"] = 2
+    workdir.write_json(folder / "run.json", run)
+    assert [(row["seed"], row["accuracy"]) for row in lengths.score(folder, [32])] == [(3, 0.4), (4, 0.6)]
 
 
 def test_a_figure_and_every_score_are_written(tmp_path, scored):
