@@ -18,7 +18,6 @@ import dataclasses
 import importlib.util
 import pathlib
 import re
-import shlex
 import types
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
@@ -176,10 +175,6 @@ class Table:
         published = [row for name in shown for row in self.published.get(name, {})]
         run = [cell.row for cells in self.cells.values() for cell in cells if cell.protocol == protocol]
         return list(dict.fromkeys([*published, *run, *self.measured(self.protocols[protocol].scale).get(protocol, {})]))
-
-    def paste(self, cell: Cell, root: pathlib.Path | str) -> str:
-        """The cell's commands as one line of shell."""
-        return " && ".join(shlex.join(command) for command in cell.commands(root))
 
 
 def published(
