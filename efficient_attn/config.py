@@ -109,24 +109,38 @@ def experiment(
     unknown = set(chosen) - {*SECTIONS}
     if unknown:
         raise ConfigError(f"recipe {recipe!r} has unknown sections {sorted(unknown)}; known: {', '.join(SECTIONS)}")
-    task = {**task, **chosen.get("task", {})}
+    sections = {
+        "task": {**task, **chosen.get("task", {})}, "model": {"dtype": "float32", **chosen["model"]},
+        "optimizer": chosen.get("optimizer", {}), "train": {**(train or {}), **chosen.get("train", {})},
+        "sharding": {**(sharding or {}), **chosen.get("sharding", {})},
+    }  # fmt: skip
+    config = {"name": name, "recipe": recipe, "seed": seed, **_complete_sections(sections)}
+    return ml_collections.ConfigDict(config, convert_dict=True).lock()
+
+
+def with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's configuration in normal form, with the defaults of arguments that did not exist when it was stored.
+
+    Raises `ConfigError` where it holds an argument that exists no more.
+    """
+    return normal_form({**config, **_complete_sections({name: config.get(name, {}) for name in SECTIONS})})
+
+
+def _complete_sections(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """`SECTIONS` with the defaults of every argument that they leave out."""
+    task, model = sections["task"], dict(sections["model"])
     task_class = lookup(tasks.TASKS, task.get("name"), "task.name")
-    model = {"dtype": "float32", **chosen["model"]}
     kept = {key: model.pop(key) for key in ("dtype", "architecture") if key in model}
     constructor = models.constructor(kept.get("architecture", "trunk"), task_class.head)
     if "mixer" in arguments_of(constructor):
         model["mixer"] = _with_causality(model.get("mixer"), causal=task_class.head == "lm")
-    config = {
-        "name": name,
-        "recipe": recipe,
-        "seed": seed,
+    return {
         "task": {"name": task["name"], **_complete(task_class, _without_name(task), "task")},
         "model": {**kept, **_complete(constructor, model, "model")},
-        "optimizer": _complete(optim.OptimizerConfig, chosen.get("optimizer", {}), "optimizer"),
-        "train": _complete(TrainConfig, {**(train or {}), **chosen.get("train", {})}, "train"),
-        "sharding": _complete(ShardingConfig, {**(sharding or {}), **chosen.get("sharding", {})}, "sharding"),
+        "optimizer": _complete(optim.OptimizerConfig, sections["optimizer"], "optimizer"),
+        "train": _complete(TrainConfig, sections["train"], "train"),
+        "sharding": _complete(ShardingConfig, sections["sharding"], "sharding"),
     }  # fmt: skip
-    return ml_collections.ConfigDict(config, convert_dict=True).lock()
 
 
 def _without_name(section: Mapping[str, Any]) -> dict[str, Any]:

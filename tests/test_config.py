@@ -9,7 +9,7 @@ import pytest
 
 from efficient_attn import models
 from efficient_attn.arguments import ConfigError, arguments_of
-from efficient_attn.config import TrainConfig, differences, experiment, normal_form
+from efficient_attn.config import TrainConfig, differences, experiment, normal_form, with_defaults
 from efficient_attn.mixers import Attention
 from efficient_attn.plan import describe, make_plan
 
@@ -120,3 +120,12 @@ def test_missing_recipe_is_an_error():
 def test_what_only_fits_together_wrongly_is_found_before_compiling(changes, message):
     with pytest.raises(ConfigError, match=message):
         make_plan(small(**changes))
+
+
+@pytest.mark.parametrize("name", ["lra_listops:bigbird", "lm_jamba:small", "synthetic_recall:softmax"])
+def test_defaults_of_a_complete_configuration_change_nothing(name):
+    file, recipe = name.split(":")
+    config = normal_form(importlib.import_module(f"configs.{file}").get_config(recipe))
+    assert with_defaults(config) == config
+    del config["optimizer"]["clip_norm"]
+    assert differences(with_defaults(config), config) == {"optimizer.clip_norm": (0.0, None)}

@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from efficient_attn import tasks, workdir
-from efficient_attn.config import TrainConfig, differences
+from efficient_attn.arguments import ConfigError
+from efficient_attn.config import TrainConfig, differences, with_defaults
 from efficient_attn.training import Progress
 
 Config = Mapping[str, Any]
@@ -35,7 +36,8 @@ class State(enum.StrEnum):
 DISPLAY_ONLY = frozenset(
     {"train.tensorboard", "train.wandb", "train.prefetch", "train.log_every", "train.checkpoint_every", "task.data_dir"}
 )
-"""Fields of a configuration that change nothing that is reported: two runs that differ in these are of one protocol."""
+"""Fields of a configuration that change nothing that is reported: two runs that differ in these are of one protocol, as are two
+on different meshes of devices."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,8 +110,8 @@ def read(folder: pathlib.Path, expected: Config | None = None) -> Run:
 
 def _judge(run: Run, task: type[tasks.Task], expected: Config | None) -> tuple[State, str]:
     """The state of a run whose files can be read."""
-    if expected is not None and (other := protocol_differences(expected, run.config)):
-        return State.OTHER_PROTOCOL, "; ".join(f"{field} is {was!r}, here {due!r}" for field, (due, was) in other.items())
+    if expected is not None and (other := other_protocol(expected, run.config)):
+        return State.OTHER_PROTOCOL, other
     if workdir.holder(run.folder):
         return State.RUNNING, f"at step {run.step:,} of {run.info['steps']:,}"
     if not is_over(run, task):
@@ -131,9 +133,17 @@ def by_seed(row: Mapping[str, Any], key: str) -> list[Any]:
     return row.get(f"{key}_by_seed", [row[key]] if key in row else [])
 
 
-def protocol_differences(expected: Config, config: Config) -> dict[str, tuple[Any, Any]]:
-    """Dotted field -> (expected, found), of the fields on which results depend."""
-    return {field: pair for field, pair in differences(expected, config).items() if field not in DISPLAY_ONLY}
+def other_protocol(expected: Config, config: Config) -> str:
+    """In which fields, of those on which results depend, a run's configuration is not the expected one; empty if in none.
+
+    Fields that the run's configuration lacks are younger than it: the run had their defaults.
+    """
+    try:
+        found = differences(expected, config) and differences(expected, with_defaults(config))
+    except ConfigError as error:
+        return f"its configuration is of another version of this code: {error}"
+    pairs = {field: pair for field, pair in found.items() if field not in DISPLAY_ONLY and not field.startswith("sharding.")}
+    return "; ".join(f"{field} is {was!r}, here {due!r}" for field, (due, was) in pairs.items())
 
 
 def is_over(run: Run, task: type[tasks.Task]) -> bool:

@@ -90,6 +90,19 @@ def test_what_only_displays_is_no_protocol(tmp_path, cell):
     assert runs.read(folder, expected_config(cell)).state == State.FINISHED
 
 
+def test_a_run_is_not_of_another_protocol_because_arguments_were_added_since(tmp_path, cell):
+    folder = write_run(cell, tmp_path)
+    config = workdir.read_json(folder / "run.json")["config"]
+    del config["sharding"], config["optimizer"]["ema"], config["model"]["mixer"]["dropout"], config["train"]["replicas"]
+    edit(folder / "run.json", config=config)
+    assert runs.read(folder, expected_config(cell)).state == State.FINISHED
+    config["optimizer"]["ema"] = 0.5
+    edit(folder / "run.json", config=config)
+    assert runs.read(folder, expected_config(cell)).why == "optimizer.ema is 0.5, here 0.0"
+    edit(folder / "run.json", config={**config, "optimizer": {"eta": 1}})
+    assert "another version of this code" in runs.read(folder, expected_config(cell)).why
+
+
 def test_a_run_that_stopped_early_as_configured_is_over(tmp_path, cell):
     folder = write_run(cell, tmp_path, accuracy=0.9999)
     edit(folder / "run.json", steps=5000)
