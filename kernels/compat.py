@@ -12,10 +12,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from jax.experimental.pallas import triton
+from jax.experimental.pallas import mosaic_gpu, triton
 
 TRITON_CALL = "__gpu$xla.gpu.triton"
 """The target of the custom call that a Pallas kernel becomes when it is lowered for CUDA through Triton."""
+
+MOSAIC_CALL = "mosaic_gpu_v2"
+"""The same through Mosaic GPU."""
 
 warnings.filterwarnings("ignore", message=re.escape("The Pallas Triton backend is deprecated"), category=DeprecationWarning)
 
@@ -39,3 +42,18 @@ def abstract_gpu() -> contextlib.AbstractContextManager:
     axis_types = (jax.sharding.AxisType.Auto,)
     mesh = jax.sharding.AbstractMesh((1,), ("device",), axis_types=axis_types, abstract_device=device)
     return jax.sharding.use_abstract_mesh(mesh)
+
+
+def mosaic_load(ref, layout) -> jax.Array:
+    """A vector from shared memory in a layout of registers; JAX 0.10 asks for an index beside the reference."""
+    index = ((),) if inspect.signature(mosaic_gpu.load).parameters["idx"].default is inspect.Parameter.empty else ()
+    return mosaic_gpu.load(ref, *index, layout=layout)
+
+
+def mosaic_interpreter() -> Any:
+    """What makes `mosaic_gpu.kernel` run on a CPU; public since JAX 0.11."""
+    if hasattr(mosaic_gpu, "InterpretGPUParams"):
+        return mosaic_gpu.InterpretGPUParams()
+    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+
+    return InterpretGPUParams()

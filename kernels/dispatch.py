@@ -6,6 +6,8 @@ returns None, or the reason the implementation cannot run that call.
 """
 
 import dataclasses
+import functools
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -46,9 +48,16 @@ def choose(op: str, table: Mapping[str, Implementation], preference: Sequence[st
     chosen = name or next((key for key in preference if reasons[key] is None), None)
     if chosen is None:
         raise ValueError(f"{op}: none of {list(preference)} can run this call: {reasons}; by name: {_able(reasons)}")
+    for passed_over in [] if name else preference[: preference.index(chosen)]:
+        _log_once(f"{op}: {chosen}, not {passed_over}: {reasons[passed_over]}")
     why = "asked for by name" if name else f"the first of {list(preference)} that supports this call"
     others = {key: _why_not(key, reason, preference, name) for key, reason in reasons.items() if key != chosen}
     return Choice(chosen, f"{why} ({table[chosen].about})", others)
+
+
+@functools.lru_cache(maxsize=1024)
+def _log_once(line: str) -> None:
+    logging.getLogger(__name__).info(line)
 
 
 def _able(reasons: Mapping[str, str | None]) -> list[str]:

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels import mesh
-from kernels.attention import chunked, library, masks, portable, reference, ring, sharded
+from kernels import devices, mesh
+from kernels.attention import chunked, library, masks, mosaic, portable, reference, ring, sharded
 from kernels.attention.biases import Bias
 from kernels.attention.call import Call, Spec, spec_of
 from kernels.attention.dropout import Dropout
@@ -34,10 +34,13 @@ IMPLEMENTATIONS = {
     "reference": Implementation(reference.attend, _anything, "dense float32: the specification, memory O(L S)"),
     "chunked": Implementation(chunked.attend, _anything, "XLA, lazy softmax over tiles, memory O(L)"),
     "portable": Implementation(portable.attend, portable.why_not, "Pallas kernels, compiled on a GPU and interpreted on a CPU"),
+    "mosaic": Implementation(mosaic.attend, mosaic.why_not, "Pallas Mosaic GPU kernels for Hopper, interpreted on a CPU"),
     "xla": Implementation(library.attend_xla, library.why_not_xla, "jax.nn.dot_product_attention, memory O(L S)"),
     "cudnn": Implementation(library.attend_cudnn, library.why_not_cudnn, "jax.nn.dot_product_attention in cuDNN, fused"),
 }
 PREFERENCE = ("ring", "chunked", "reference")
+GPU_KERNELS = ("mosaic", "portable")
+"""From the fastest: what follows `ring` on a GPU, each where its numerics have been checked on such a device."""
 
 
 def attend(
@@ -75,7 +78,7 @@ def attend(
       scale: what scores are multiplied by; None is 1 / sqrt(D).
       dropout: dropout of attention weights, the same ones whatever the implementation; None for none.
       return_lse: also return the log-sum-exp of each row of scores, through which gradients flow too.
-      implementation: a name in `IMPLEMENTATIONS`, or None for the first in `PREFERENCE` that can; see `explain`.
+      implementation: a name in `IMPLEMENTATIONS`, or None for the first in `preference` that can; see `explain`.
 
     Under a mesh (`jax.set_mesh`, see `kernels.mesh`) each device computes its rows and heads, and where the mesh has an axis seq
     that divides L = S, its stretch of the sequence: `ring`.
@@ -120,7 +123,15 @@ def explain(
 
 def _choose(call: Call, return_lse: bool, implementation: str | None) -> Choice:
     spec = spec_of(call, return_lse, jax.default_backend())
-    return choose("attend", IMPLEMENTATIONS, PREFERENCE, spec, implementation)
+    return choose("attend", IMPLEMENTATIONS, preference(spec.platform), spec, implementation)
+
+
+def preference(platform: str) -> tuple[str, ...]:
+    """The implementations that may run without being asked for, from the fastest."""
+    if platform != "gpu":
+        return PREFERENCE
+    checked = devices.verified("attend", devices.here())
+    return (*PREFERENCE[:1], *(name for name in GPU_KERNELS if name in checked), *PREFERENCE[1:])
 
 
 def _call(q, k, v, bias, segment_ids, q_positions, kv_positions, dropout, *, mask, softcap, scale) -> Call:

@@ -7,10 +7,10 @@ import sys
 from typing import Any
 
 from kernels import offline
-from kernels.offline import attention, paged, scan
+from kernels.offline import attention, mosaic, paged, scan
 from kernels.offline.compiler import environment
 
-OPS = {"attention": attention, "paged": paged, "scan": scan}
+OPS = {"attention": attention, "mosaic": mosaic, "paged": paged, "scan": scan}
 
 
 def main() -> None:

@@ -20,6 +20,14 @@ def test_the_first_that_can_is_taken():
     assert str(choice).splitlines()[0].startswith("slow: the first of")
 
 
+def test_what_is_passed_over_is_logged_once(caplog):
+    with caplog.at_level("INFO", logger="kernels.dispatch"):
+        for _ in range(2):
+            choose("an op", TABLE, PREFERENCE, 4, None)
+        choose("an op", TABLE, PREFERENCE, 3, None)
+    assert caplog.messages == ["an op: slow, not fast: it is too long"]
+
+
 def test_a_name_is_obeyed_or_refused_with_the_reason():
     assert choose("op", TABLE, PREFERENCE, 4, "baseline").name == "baseline"
     with pytest.raises(

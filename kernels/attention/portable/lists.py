@@ -17,7 +17,7 @@ from jaxtyping import Bool, Int
 from kernels.attention import masks, tiles
 from kernels.attention.call import Call
 from kernels.attention.masks import FULL, SKIP, Mask
-from kernels.attention.portable.tiling import Tiling
+from kernels.attention.portable.tiling import Cut
 
 
 @functools.partial(
@@ -57,17 +57,17 @@ class _Verdicts:
     stored: Any
 
 
-def by_row(call: Call, tiling: Tiling) -> Lists:
+def by_row(call: Call, tiling: Cut) -> Lists:
     """A line is a row of tiles, an entry a column."""
     return _lists(*_key(call, tiling), order=(0, 1, 2))
 
 
-def by_column(call: Call, tiling: Tiling) -> Lists:
+def by_column(call: Call, tiling: Cut) -> Lists:
     """A line is a column of tiles, an entry a row."""
     return _lists(*_key(call, tiling), order=(0, 2, 1))
 
 
-def by_tile(call: Call, tiling: Tiling) -> Lists:
+def by_tile(call: Call, tiling: Cut) -> Lists:
     """A line is a single tile, row * columns + column; it has one entry, 0, or none."""
     return _lists(*_key(call, tiling), order=None)
 
@@ -77,7 +77,7 @@ def is_stored(mask: Mask) -> bool:
     return mask.needs_table or len(masks.of_heads(mask)) > 1
 
 
-def _key(call: Call, tiling: Tiling):
+def _key(call: Call, tiling: Cut):
     given = call.q_positions is not None or call.kv_positions is not None
     return call.mask, tiling.L, tiling.S, tiling.q_tile, tiling.kv_tile, given, call.q_segments is not None
 

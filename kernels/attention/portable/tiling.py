@@ -36,16 +36,13 @@ FLOAT32_BLOCKS = {64: Blocks(32, 32, 8, 1), 128: Blocks(16, 32, 8, 1), 256: Bloc
 
 
 @dataclasses.dataclass(frozen=True)
-class Tiling:
-    """How one pass is cut; all sizes are powers of two but the true lengths L and S."""
+class Cut:
+    """Tiles of q_tile queries x kv_tile keys over L queries and S keys."""
 
     q_tile: int
     kv_tile: int
     L: int
     S: int
-    warps: int
-    stages: int
-    interpret: bool
 
     @property
     def rows(self) -> int:
@@ -59,6 +56,15 @@ class Tiling:
     def padded(self) -> dict[str, int]:
         """The lengths in whole tiles."""
         return {"L": self.rows * self.q_tile, "S": self.columns * self.kv_tile}
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling(Cut):
+    """How one pass is cut; all sizes are powers of two but the true lengths L and S."""
+
+    warps: int
+    stages: int
+    interpret: bool
 
 
 class Plan(NamedTuple):
@@ -86,7 +92,7 @@ def power_of_two(size: int) -> int:
     return max(MIN_TILE, 1 << (size - 1).bit_length())
 
 
-def pad(call: Call, tiling: Tiling) -> Call:
+def pad(call: Call, tiling: Cut) -> Call:
     """The call in whole tiles, with what a kernel can load: powers of two, positions for both or neither, a key of words.
 
     Nothing is copied where lengths are whole tiles and head sizes powers of two.

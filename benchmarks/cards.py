@@ -1,0 +1,66 @@
+"""What benchmarks on a GPU need beside `harness`: which assembler compiles, times of the device, figures that survive a stop."""
+
+import json
+import pathlib
+import re
+import shutil
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+
+def assembler() -> str:
+    """The version of the ptxas on the path, or that there is none. Some versions miscompile Hopper kernels: 13.1.80 is good."""
+    ptxas = shutil.which("ptxas") or shutil.which("/usr/local/cuda/bin/ptxas")
+    if ptxas is None:
+        return "no ptxas on the path; jaxlib uses its own or that of its CUDA wheels"
+    text = subprocess.run([ptxas, "--version"], capture_output=True, text=True, check=True).stdout
+    return re.search(r"V(\S+)", text)[1]
+
+
+def clocks() -> str:
+    """What nvidia-smi says of clocks, power and driver, or that it is not there."""
+    if shutil.which("nvidia-smi") is None:
+        return "no nvidia-smi"
+    fields = "name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu"
+    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def resumed(out: str | None) -> list[dict[str, Any]]:
+    """The rows of an earlier run of the same command that was stopped; none where there is no file."""
+    path = pathlib.Path(out) if out else None
+    return json.loads(path.read_text())["rows"] if path and path.exists() else []
+
+
+def milliseconds(run: Callable[[], Any], repeats: int, at_least_ms: float = 20.0) -> list[float]:
+    """Times of one run, each the mean of as many runs in a row as take `at_least_ms`: launches overlap, the device stays busy."""
+    jax.block_until_ready(run())
+    start = time.perf_counter()
+    jax.block_until_ready(run())
+    in_a_row = max(1, round(at_least_ms / (1e3 * (time.perf_counter() - start))))
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        for _ in range(in_a_row):
+            result = run()
+        jax.block_until_ready(result)
+        times.append(1e3 * (time.perf_counter() - start) / in_a_row)
+    return times
+
+
+def turns(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+    """`milliseconds` of every run in turns A B C A B C ..., so that a change of clocks meets all of them."""
+    times = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            times[name] += milliseconds(run, 1)
+    return times
+
+
+def median(times: Sequence[float]) -> float:
+    return statistics.median(times)

@@ -1,0 +1,17 @@
+"""Exact attention for Hopper: FlashAttention-3's warp specialisation in Pallas Mosaic GPU, forward and backward, on patterns.
+
+What `kernels.attention.portable` does, on the hardware's own terms: tiles come by TMA into a ring of shared memory, filled by
+one warpgroup and read by others (`program`); products are wgmma's, with weights that never leave registers (`machine`); the
+softmax is in base 2, and of two warpgroups one multiplies while the other is at its softmax (`forward`; Shah et al. 2024).
+Masks, their block tables and the dispatch are those of the portable kernels: tiles that a mask rules out are not visited, whole
+ones are not tested. The backward pass is two kernels without atomics, deterministic (`backward`).
+
+What it lacks `why_not` names. It has not run on a GPU yet: numerics are checked in JAX's interpreter of these kernels on a CPU,
+with all barriers and copies, and each entry of the block table compiles for an H200 without spills (`python -m kernels.offline
+--op=mosaic --compile`).
+"""
+
+from kernels.attention.mosaic.api import attend, why_not
+from kernels.attention.mosaic.tiling import Blocks
+
+__all__ = ["Blocks", "attend", "why_not"]

@@ -1,0 +1,141 @@
+"""The forward kernel: FlashAttention-3's producer and ping-pong consumers (Shah et al. 2024, arXiv 2407.08608, algorithm 1).
+
+A program owns a block of queries of one head. Its producer copies the keys and values that the mask's block table lists; each
+consumer computes an online softmax over them for rows of its own, in base 2.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float
+
+from kernels.attention.call import Call
+from kernels.attention.mosaic.machine import machine
+from kernels.attention.mosaic.program import Ring, launch, matrix, run_roles, walk
+from kernels.attention.mosaic.tile import Tile
+from kernels.attention.mosaic.tiling import Tiling
+from kernels.attention.portable import lists
+from kernels.attention.portable.tiling import pad
+
+
+def forward(tiling: Tiling, call: Call) -> tuple[Float[Array, "B L H Dv"], Float[Array, "B H L"]]:
+    """The output, and the log-sum-exp of each row of scores (-inf for rows without an allowed pair)."""
+    out, lse = run_forward(tiling, call)
+    return out[:, : tiling.L], lse[:, :, : tiling.L]
+
+
+def run_forward(tiling: Tiling, call: Call) -> list[Array]:
+    """The kernel's outputs, padded."""
+    padded, listed = pad(call, tiling), lists.by_row(call, tiling)
+    (B, L, H, D), dtype = padded.q.shape, call.q.dtype
+    blocks = tiling.blocks
+    out = [jax.ShapeDtypeStruct((B, L, H, D), dtype), jax.ShapeDtypeStruct((B, H, L), jnp.float32)]
+    rows = [
+        matrix(blocks.consumers, blocks.own, D, dtype=dtype),
+        plgpu.SMEM((blocks.consumers, blocks.own), jnp.float32),
+        plgpu.Barrier(num_barriers=blocks.consumers),
+        plgpu.Barrier(num_arrivals=2),
+    ]
+    tile = matrix(blocks.stages, blocks.visited, D, dtype=dtype)
+    grid = {"head": H, "line": tiling.rows, "batch": B}
+    kernel = functools.partial(_kernel, tiling)
+    return launch(kernel, "forward", tiling, grid, out, [rows, Ring.scratch(tiling, [tile], [tile])], padded, listed)
+
+
+def _kernel(tiling: Tiling, operands, outputs, scratch):
+    call, listed = operands
+    rows, ring = scratch[0], Ring(*scratch[1])
+    head, b = lax.axis_index("head"), lax.axis_index("batch")
+    row = tiling.rows - 1 - lax.axis_index("line")  # under a causal mask the longest rows start first
+    gpu = machine(tiling.interpret)
+
+    def produce():
+        group = lax.div(head, jnp.int32(call.q.shape[2] // call.k.shape[2]))
+
+        def visit(n, column, tested, carry):
+            at = (b, pl.ds(column * tiling.kv_tile, tiling.kv_tile), group)
+            ring.fill(n, tiling.blocks.stages, [call.k.at[at]], [call.v.at[at]])
+
+        n, _ = walk(listed, head, row, visit, (jnp.int32(0), None))
+        ring.drain(n, tiling.blocks.stages)
+
+    def consume(consumer):
+        _consume(gpu, tiling, call, listed, outputs, rows, ring, (b, head, row, consumer))
+
+    run_roles(gpu, tiling, produce, consume)
+
+
+def _consume(gpu, tiling: Tiling, call: Call, listed: lists.Lists, outputs, rows, ring: Ring, where):
+    b, head, row, consumer = where
+    own = tiling.blocks.own
+    query = row * tiling.q_tile + consumer * own
+    q, lse, loaded = (ref.at[consumer] for ref in rows[:3])
+    turn = Turn(rows[3], tiling.blocks.pingpong)
+    plgpu.copy_gmem_to_smem(call.q.at[b, pl.ds(query, own), head], q, loaded)
+    plgpu.barrier_wait(loaded)
+
+    def visit(n, column, tested, carry):
+        m, l, acc = carry
+        of_k, of_v = ring.slot(n, tiling.blocks.stages)
+        tile = Tile(gpu, tiling, call, query, column * tiling.kv_tile, tested)
+        products = gpu.product(q, *of_k.wait())
+        turn.swap()
+        of_k.release()
+        s, _ = tile.scores(products)
+        m_new = jnp.maximum(m, s.max(axis=1))
+        shift = jnp.where(m_new == -jnp.inf, 0, m_new) if tested else m_new
+        p = jnp.exp2(s - lax.broadcast_in_dim(shift, s.shape, [0]))
+        rescale = jnp.exp2(m - shift)
+        l = rescale * l + p.sum(axis=1)
+        acc = acc * lax.broadcast_in_dim(rescale, acc.shape, [0])
+        weights = p.astype(call.v.dtype)
+        turn.finish()
+        acc = gpu.add_product(acc, weights, *of_v.wait())
+        of_v.release()
+        return m_new, l, acc
+
+    state = gpu.full((own,), -jnp.inf), gpu.full((own,), 0.0), gpu.full((own, call.v.shape[3]), 0.0)
+    turn.start(consumer)
+    _, (m, l, acc) = walk(listed, head, row, visit, (jnp.int32(0), state))
+    turn.end(consumer)
+    l_or_one = jnp.where(l == 0, 1, l)
+    q[...] = (acc * lax.broadcast_in_dim(1 / l_or_one, acc.shape, [0])).astype(q.dtype)  # the queries have been used
+    lse[...] = jnp.where(l == 0, -jnp.inf, (m + jnp.log2(l_or_one)) * math.log(2))
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(q, outputs[0].at[b, pl.ds(query, own), head])
+    plgpu.copy_smem_to_gmem(lse, outputs[1].at[b, head, pl.ds(query, own)])
+    plgpu.wait_smem_to_gmem(0)
+
+
+class Turn:
+    """Ping-pong (FlashAttention-3, section 3.1): of two consumers, one is at its products while the other is at its softmax.
+
+    The second consumer starts half a visit behind the first. Both have the same number of visits.
+    """
+
+    def __init__(self, barrier, active: bool):
+        self.barrier, self.active = barrier, active
+
+    def start(self, consumer) -> None:
+        self._once(consumer == 1)
+
+    def end(self, consumer) -> None:
+        self._once(consumer == 0)
+
+    def swap(self) -> None:
+        """Between the first product and the softmax."""
+        if self.active:
+            plgpu.barrier_arrive(self.barrier)
+            plgpu.barrier_wait(self.barrier)
+
+    finish = swap
+    """Between the softmax and the second product."""
+
+    def _once(self, condition) -> None:
+        if self.active:
+            pl.when(condition)(self.swap)

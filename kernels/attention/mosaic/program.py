@@ -1,0 +1,148 @@
+"""What the three kernels share: launching, the walk over a line's tiles, and the ring of buffers between producer and consumers.
+
+A program is one producer warpgroup, which copies tiles from global to shared memory (TMA), and one to three consumer warpgroups,
+which multiply them. Each walks the same list of tiles, so that visit n of the producer is visit n of every consumer. Tile n lies
+in slot n % stages of the ring. Two barriers guard a slot: `filled`, which the copy completes, and `emptied`, at which each
+consumer arrives when it is done with the tile; the producer waits there before it copies into the slot again.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from kernels import compat
+from kernels.attention.mosaic.tiling import REGISTERS, Tiling
+from kernels.attention.portable.lists import Lists
+
+SWIZZLE = 128
+"""Bytes of a swizzled row; tiles of shared memory are 8 rows of so many bytes, as wgmma reads them."""
+
+
+def matrix(*shape: int, dtype) -> Any:
+    """A buffer in shared memory for operands of wgmma."""
+    columns = SWIZZLE // jnp.dtype(dtype).itemsize
+    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(SWIZZLE)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Ring:
+    """Groups of buffers [stages, ...] of shared memory; each group has a barrier for each slot filled, and one emptied."""
+
+    groups: Sequence[Sequence[Any]]
+    filled: Sequence[Any]
+    emptied: Sequence[Any]
+
+    @staticmethod
+    def scratch(tiling: Tiling, *groups: Sequence[Any]) -> tuple:
+        """What to allocate for the ring of these buffers."""
+        stages, consumers = tiling.blocks.stages, tiling.blocks.consumers
+        filled = [plgpu.Barrier(num_barriers=stages, num_arrivals=len(buffers)) for buffers in groups]
+        return groups, filled, [plgpu.Barrier(num_barriers=stages, num_arrivals=consumers) for _ in groups]
+
+    def fill(self, n, stages: int, *groups: Sequence[Any]) -> None:
+        """The producer's part of visit n: copy, for each group, references to global memory."""
+        slot = lax.rem(n, jnp.int32(stages))
+        for sources, buffers, filled, emptied in zip(groups, self.groups, self.filled, self.emptied, strict=True):
+
+            @pl.when(n >= stages)
+            def _(emptied=emptied):
+                plgpu.barrier_wait(emptied.at[slot])
+
+            for source, buffer in zip(sources, buffers, strict=True):
+                plgpu.copy_gmem_to_smem(source, buffer.at[slot], filled.at[slot])
+
+    def drain(self, n, stages: int) -> None:
+        """The producer's part after n visits: wait until every slot is emptied, so that no barrier is left half used."""
+        for back in range(1, stages + 1):
+
+            @pl.when(n >= back)
+            def _(back=back):
+                for emptied in self.emptied:
+                    plgpu.barrier_wait(emptied.at[lax.rem(n - back, jnp.int32(stages))])
+
+    def slot(self, n, stages: int) -> list["Slot"]:
+        """A consumer's view of visit n, one for each group."""
+        at = lax.rem(n, jnp.int32(stages))
+        groups = zip(self.groups, self.filled, self.emptied)
+        return [Slot([ref.at[at] for ref in refs], filled.at[at], emptied.at[at]) for refs, filled, emptied in groups]
+
+
+@dataclasses.dataclass(frozen=True)
+class Slot:
+    """One group's buffers of one visit."""
+
+    refs: Sequence[Any]
+    filled: Any
+    emptied: Any
+
+    def wait(self) -> Sequence[Any]:
+        """The buffers, once they are filled."""
+        plgpu.barrier_wait(self.filled)
+        return self.refs
+
+    def release(self) -> None:
+        plgpu.barrier_arrive(self.emptied)
+
+
+def walk(listed: Lists, head, line, visit: Callable, state):
+    """`state = visit(n, entry, tested, carry)` over the tiles of a line, those without a test first; state is (n, carry)."""
+    start, first_tested, end = (listed.bounds[head if listed.heads > 1 else 0, line, i] for i in range(3))
+
+    def body(tested, t, state):
+        n, carry = state
+        return n + 1, visit(n, listed.entries[t], tested, carry)
+
+    if listed.any_free:
+        state = lax.fori_loop(start, first_tested, functools.partial(body, False), state)
+    if listed.any_tested:
+        state = lax.fori_loop(first_tested, end, functools.partial(body, True), state)
+    return state
+
+
+def run_roles(machine, tiling: Tiling, produce: Callable[[], None], consume: Callable[[Any], None]) -> None:
+    """Each warpgroup's part: `consume(number of the consumer)` or, the last one, `produce()`."""
+    consumers = tiling.blocks.consumers
+    warpgroup = lax.axis_index("warpgroup")
+    most, fewest = REGISTERS.get(consumers, (None, None))
+
+    @pl.when(warpgroup < consumers)
+    def _():
+        if most is not None:
+            machine.registers(most, "increase")
+        consume(warpgroup)
+
+    @pl.when(warpgroup == consumers)
+    def _():
+        if fewest is not None:
+            machine.registers(fewest, "decrease")
+        produce()
+
+
+def launch(kernel: Callable, name: str, tiling: Tiling, grid: dict[str, int], out: Sequence, scratch: Sequence, *operands):
+    """Run `kernel(operands, outputs, scratch)`, of references, at every point of `grid`; operands may be pytrees."""
+    leaves, structure = jax.tree.flatten(operands)
+
+    def body(*refs):
+        inputs, rest = refs[: len(leaves)], refs[len(leaves) :]
+        kernel(jax.tree.unflatten(structure, inputs), rest[: len(out)], rest[len(out) :])
+
+    run = plgpu.kernel(
+        body,
+        out_type=list(out),
+        scratch_types=list(scratch),
+        grid=tuple(grid.values()),
+        grid_names=tuple(grid),
+        num_threads=tiling.blocks.consumers + 1,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        interpret=compat.mosaic_interpreter() if tiling.interpret else None,
+        kernel_name=f"attention_{name}",
+    )
+    return run(*map(jnp.asarray, leaves))

@@ -1,0 +1,69 @@
+"""How a call is cut for Hopper: the block table of the three passes."""
+
+import dataclasses
+from typing import NamedTuple
+
+from kernels import devices
+from kernels.attention.call import Call
+from kernels.attention.portable.tiling import Cut
+
+HEAD_SIZES = (64, 128)
+"""Head sizes with entries in every block table."""
+
+PASSES = ("forward", "dkv", "dq")
+
+REGISTERS = {2: (240, 24), 3: (160, 32)}
+"""By the number of consumers: registers that each thread of a consumer may have, and of the producer; 64 Ki a processor."""
+
+
+class Blocks(NamedTuple):
+    """How one pass is cut.
+
+    A program owns `consumers` * `own` rows (queries in the forward pass and for dq, keys for dk and dv), `own` for each of its
+    consumer warpgroups, and visits the other side in tiles of `visited`, of which `stages` are in shared memory at a time.
+    `pingpong`: two consumers take turns on the tensor cores, one multiplies while the other computes its softmax.
+    """
+
+    own: int
+    visited: int
+    consumers: int
+    stages: int
+    pingpong: bool = False
+
+
+def table(kind: str = devices.FALLBACK) -> dict[str, dict[int, Blocks]]:
+    """For each pass and head size, the blocks on such a device (`kernels/blocks`)."""
+    found = devices.blocks("mosaic", kind)
+    return {name: {size: Blocks(**entry) for size, entry in entries.items()} for name, entries in found.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling(Cut):
+    """How one pass is cut; a side that a program owns has tiles of all its consumers' rows."""
+
+    blocks: Blocks
+    interpret: bool
+
+
+class Plan(NamedTuple):
+    """The tilings of the forward pass, of the pass for dk and dv, and of that for dq."""
+
+    forward: Tiling
+    dkv: Tiling
+    dq: Tiling
+
+
+def plan(call: Call, interpret: bool, blocks: dict[str, Blocks] | None = None) -> Plan:
+    """How `call` is cut: by the table of the device that is here, or by `blocks`, those of each pass."""
+    L, S = call.q.shape[1], call.k.shape[1]
+    head_size = max(call.q.shape[3], call.v.shape[3])
+
+    sizes = blocks or {name: entries[head_size] for name, entries in table(devices.here()).items()}
+
+    def tiling(name: str) -> Tiling:
+        size = sizes[name]
+        own, visited = size.own * size.consumers, size.visited
+        q_tile, kv_tile = (visited, own) if name == "dkv" else (own, visited)
+        return Tiling(q_tile, kv_tile, L, S, size, interpret)
+
+    return Plan(tiling("forward"), tiling("dkv"), tiling("dq"))

@@ -1,0 +1,124 @@
+"""FlashAttention's criterion for kernels in 16 bits: on a table of calls, the error against float32, and whether runs repeat.
+
+The output's error is at most twice, the gradients' at most three times that of dense attention in the same 16-bit type (Dao's
+tests of FlashAttention, https://github.com/Dao-AILab/flash-attention), and two runs give the same bits.
+"""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kernels.attention import masks, reference
+from kernels.attention.call import Call
+
+Run = Callable[[Call], tuple[jax.Array, jax.Array]]
+
+ALLOWED = {"out": 2, "lse": 2, "dq": 3, "dk": 3, "dv": 3}
+"""How many times the dense form's error each result may have."""
+
+MASKS = {
+    "full": masks.Full(),
+    "causal": masks.Causal(),
+    "window": masks.Causal() & masks.Window(100),
+    "nothing for some": masks.Causal() & masks.Band(2**30, -40),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One call; `mask` is a key of `MASKS`."""
+
+    L: int
+    S: int
+    D: int
+    mask: str
+    dtype: str = "bfloat16"
+    B: int = 1
+    H: int = 2
+    G: int = 2
+    softcap: float | None = None
+
+    def __str__(self) -> str:
+        given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name) != f.default}
+        return " ".join(f"{name}={value}" for name, value in given.items())
+
+    def call(self) -> Call:
+        """Normal numbers, the same each time."""
+        keys = jax.random.split(jax.random.key(0), 3)
+        shapes = (self.B, self.L, self.H, self.D), *[(self.B, self.S, self.G, self.D)] * 2
+        q, k, v = (jax.random.normal(key, shape, jnp.dtype(self.dtype)) for key, shape in zip(keys, shapes))
+        return Call(q, k, v, *[None] * 6, mask=MASKS[self.mask], softcap=self.softcap, scale=self.D**-0.5)
+
+    def cotangents(self) -> tuple[jax.Array, jax.Array]:
+        keys = jax.random.split(jax.random.key(1), 2)
+        of_lse = jax.random.normal(keys[1], (self.B, self.L, self.H))
+        return jax.random.normal(keys[0], (self.B, self.L, self.H, self.D), jnp.dtype(self.dtype)), of_lse
+
+
+def table() -> Iterator[Case]:
+    """What is run on a card: every mask at lengths around tiles' ends and long ones, grouped heads, both types, soft-cap."""
+    lengths = (1, 1), (63, 63), (65, 65), (113, 203), (799, 3), (128, 128), (257, 257), (1024, 1023), (2048, 2048)
+    for D, mask, (L, S) in itertools.product((64, 128), MASKS, lengths):
+        yield Case(L, S, D, mask)
+    for D, mask in itertools.product((64, 128), ("full", "causal")):
+        yield Case(1000, 1000, D, mask, dtype="float16")
+        yield Case(1000, 1000, D, mask, B=2, H=8, G=2)
+        yield Case(500, 500, D, mask, H=4, G=1, softcap=15.0)
+        yield Case(4096, 4096, D, mask, B=2, H=4)
+
+
+def dense(call: Call) -> tuple[jax.Array, jax.Array]:
+    """Attention with every score in memory, products and weights rounded to the type of the arguments."""
+    groups = call.q.shape[2] // call.k.shape[2]
+    k, v = (jnp.repeat(x, groups, axis=2) for x in (call.k, call.v))
+    score = call.scale * jnp.einsum("blhd,bshd->bhls", call.q, k).astype(jnp.float32)
+    score = score if call.softcap is None else call.softcap * jnp.tanh(score / call.softcap)
+    score = jnp.where(reference.allowed_pairs(call), score, -jnp.inf)
+    top = score.max(axis=-1, keepdims=True)
+    top = jax.lax.stop_gradient(jnp.where(top == -jnp.inf, 0, top))
+    weights = jnp.exp(score - top)
+    total = weights.sum(axis=-1, keepdims=True)
+    filled = jnp.where(total == 0, 1, total)
+    out = jnp.einsum("bhls,bshd->blhd", (weights / filled).astype(v.dtype), v)
+    lse = jnp.where(total == 0, -jnp.inf, top + jnp.log(filled))[..., 0]
+    return out, jnp.moveaxis(lse, 1, 2)
+
+
+def check(run: Run, case: Case, runs: int = 2) -> dict[str, Any]:
+    """For each result its error and the one allowed; `repeats`: all runs gave the same bits; `passed`: all is well."""
+    call, cotangents = case.call(), case.cotangents()
+    step = jax.jit(functools.partial(_results, run))
+    ours, *more = (jax.tree.map(np.asarray, step(call, *cotangents)) for _ in range(runs))
+    exact = dataclasses.replace(call, q=call.q.astype(jnp.float32), k=call.k.astype(jnp.float32), v=call.v.astype(jnp.float32))
+    with jax.default_matmul_precision("highest"):
+        truth = jax.jit(functools.partial(_results, reference.attend))(exact, *cotangents)
+    rounded = jax.jit(functools.partial(_results, dense))(call, *cotangents)
+    results = {name: _compare(name, ours[name], truth[name], rounded[name]) for name in ALLOWED}
+    repeats = all(np.array_equal(ours[name], again[name], equal_nan=True) for again in more for name in ALLOWED)
+    return {"case": str(case), "repeats": repeats, "passed": repeats and all(x["passed"] for x in results.values()), **results}
+
+
+def _results(run: Run, call: Call, dout: jax.Array, dlse: jax.Array) -> dict[str, jax.Array]:
+    def loss(qkv):
+        out, lse = run(dataclasses.replace(call, **qkv))
+        total = (out.astype(jnp.float32) * dout).sum() + (jnp.where(jnp.isfinite(lse), lse, 0) * dlse).sum()
+        return total, {"out": out, "lse": lse}
+
+    gradients, results = jax.grad(loss, has_aux=True)({name: getattr(call, name) for name in "qkv"})
+    return results | {f"d{name}": gradient for name, gradient in gradients.items()}
+
+
+def _compare(name: str, ours, truth, rounded) -> dict[str, Any]:
+    """The errors over what is finite; infinities must be where they belong."""
+    ours, truth, rounded = (np.asarray(x, np.float32) for x in (ours, truth, rounded))
+    finite = np.isfinite(truth)
+    error, theirs = (float(abs(x[finite] - truth[finite]).max(initial=0)) for x in (ours, rounded))
+    allowed = ALLOWED[name] * theirs + 1e-5
+    same_gaps = np.array_equal(np.isfinite(ours), finite) and np.array_equal(ours[~finite], truth[~finite])
+    return {"error": error, "allowed": allowed, "passed": bool(same_gaps and error <= allowed)}

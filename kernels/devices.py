@@ -1,0 +1,54 @@
+"""What has been found out about kernels on a kind of device, committed as JSON: numerics checked, and block sizes.
+
+`numerics/<device>.json` says which implementations were found right there. A kernel that compiles for a GPU and has only been
+interpreted on a CPU is not chosen on that GPU without being asked for by name, until `python -m benchmarks.attention_numerics`
+has run there and the file it writes is committed. `blocks/<device>.json` holds block sizes, which `python -m
+benchmarks.attention_tuning` writes. Both are looked up by the device's kind alone, never tuned or checked while a program runs.
+"""
+
+import functools
+import json
+import pathlib
+from typing import Any
+
+import jax
+
+FOLDER = pathlib.Path(__file__).parent
+FALLBACK = "NVIDIA H200"
+"""Whose block sizes hold for devices without a file of their own."""
+
+
+def slug(kind: str) -> str:
+    """The kind of a device as a file's name: NVIDIA H200 is nvidia-h200."""
+    return "-".join(kind.lower().split())
+
+
+def here() -> str:
+    """The kind of the default device."""
+    return jax.devices()[0].device_kind
+
+
+def numerics_file(kind: str) -> pathlib.Path:
+    return FOLDER / "numerics" / f"{slug(kind)}.json"
+
+
+def blocks_file(kind: str) -> pathlib.Path:
+    return FOLDER / "blocks" / f"{slug(kind)}.json"
+
+
+@functools.cache
+def verified(op: str, kind: str) -> frozenset[str]:
+    """The implementations of `op` that passed all checks on such a device."""
+    found = _read(numerics_file(kind)).get(op, {})
+    return frozenset(name for name, record in found.items() if record["passed"])
+
+
+@functools.cache
+def blocks(implementation: str, kind: str) -> dict[str, dict[int, dict[str, Any]]]:
+    """For each pass and head size, the fields of the implementation's `Blocks`."""
+    table = _read(blocks_file(kind)).get(implementation) or _read(blocks_file(FALLBACK))[implementation]
+    return {name: {int(size): entry for size, entry in entries.items()} for name, entries in table.items()}
+
+
+def _read(path: pathlib.Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.exists() else {}

@@ -1,0 +1,133 @@
+"""Attention's Mosaic GPU kernels, as the offline checks see them: each pass with each entry of the block table on `MASKS`.
+
+Lowering needs the requirements alone. Compiling is XLA's own for an H200, so the figures are those of the program that a GPU
+would run: registers and spills by ptxas, wgmma instructions in the PTX, shared memory as the kernel asks for it.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import os
+import pathlib
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kernels import compat
+from kernels.attention import masks
+from kernels.attention.call import Call
+from kernels.attention.mosaic import backward, forward
+from kernels.attention.mosaic.tiling import Blocks, Plan, plan, table
+from kernels.attention.portable.backward import Rows
+from kernels.offline.compiler import SHARED_BYTES, h200, link_cuda
+
+LENGTH, HEADS, KV_HEADS = 4096, 8, 4
+MASKS = {"full": masks.Full(), "causal": masks.Causal(), "window": masks.Causal() & masks.Window(1024)}
+
+PASSES: dict[str, Callable[[Plan, Call, Rows], Any]] = {
+    "forward": lambda plan, call, rows: forward.run_forward(plan.forward, call),
+    "dkv": lambda plan, call, rows: backward.run_dkv(plan.dkv, call, rows),
+    "dq": lambda plan, call, rows: backward.run_dq(plan.dq, call, rows),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """One kernel and how it is cut; `mask` is a key of `MASKS`."""
+
+    name: str
+    dtype: str
+    head_size: int
+    blocks: Blocks
+    mask: str
+
+
+def kernels() -> Iterator[Kernel]:
+    """Every pass with every entry of its block table, on every pattern; in float16 on one."""
+    for name, entries in table().items():
+        for head_size, blocks in entries.items():
+            yield from (Kernel(name, "bfloat16", head_size, blocks, mask) for mask in MASKS)
+            yield Kernel(name, "float16", head_size, blocks, "causal")
+
+
+def lower(kernel: Kernel, length: int = LENGTH, sharding: Any = None) -> jax.stages.Lowered:
+    """The program that runs `kernel` alone, lowered for CUDA: for the device of `sharding`, or for an H200 nowhere."""
+    dtype, size = jnp.dtype(kernel.dtype), kernel.head_size
+
+    def array(shape, dtype):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    q, kv = (array((1, length, heads, size), dtype) for heads in (HEADS, KV_HEADS))
+    row = array((1, HEADS, length), jnp.float32)
+    call = call_of(q, kv, kv, kernel.mask)
+    run = functools.partial(PASSES[kernel.name], plan(call, interpret=False, blocks=dict.fromkeys(PASSES, kernel.blocks)))
+    traced = jax.jit(run).trace(call, Rows(q, row, row))
+    return traced.lower() if sharding is not None else traced.lower(lowering_platforms=("cuda",))
+
+
+def call_of(q, k, v, mask: str) -> Call:
+    """The call of these arrays, with that one of `MASKS`."""
+    return Call(q, k, v, *[None] * 6, mask=MASKS[mask], softcap=None, scale=q.shape[3] ** -0.5)
+
+
+def compile_figures(kernel: Kernel, length: int = LENGTH) -> dict[str, int]:
+    """What XLA and ptxas make of a kernel for an H200. Needs JAX's CUDA plug-in and Triton's wheel, which carries a ptxas."""
+    mesh = h200()
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    with tempfile.TemporaryDirectory() as cuda, _dumped() as folder, jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        link_cuda(pathlib.Path(cuda))
+        options = {"xla_gpu_cuda_data_dir": cuda, "xla_gpu_autotune_level": 0}
+        lower(kernel, length, sharding).compile(compiler_options=options)
+        [assembler], [passes], [ptx] = (list(folder.glob(f"*{end}")) for end in (".ptxas", ".mlir-passes.log", ".ptx"))
+        return _figures(assembler.read_text(), passes.read_text(), ptx.read_text())
+
+
+def _figures(assembler: str, passes: str, ptx: str) -> dict[str, int]:
+    """Registers of a thread when the program starts; consumers then take some of the producer's, which ptxas reckons with."""
+    spilled = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", assembler)
+    return {
+        "registers": int(re.search(r"Used (\d+) registers", assembler)[1]),
+        "spilled_bytes": max(map(int, spilled.groups())),
+        "shared_bytes": int(re.search(r"dynamic_shared_memory_size %c(\d+)_i32", passes)[1]),
+        "wgmma": ptx.count("wgmma.mma_async"),
+    }
+
+
+@contextlib.contextmanager
+def _dumped():
+    """A folder to which Mosaic writes what it compiles."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ |= {"MOSAIC_GPU_DUMP_TO": folder, "MOSAIC_GPU_DUMP_PTXAS": "1"}
+        try:
+            yield pathlib.Path(folder)
+        finally:
+            del os.environ["MOSAIC_GPU_DUMP_TO"], os.environ["MOSAIC_GPU_DUMP_PTXAS"]
+
+
+def report(kernel: Kernel, compiled: bool) -> dict[str, Any]:
+    """One line of the table."""
+    row = {"kernel": kernel.name, "dtype": kernel.dtype, "head_size": kernel.head_size, "mask": kernel.mask}
+    row |= kernel.blocks._asdict()
+    if compiled:
+        return row | compile_figures(kernel)
+    with compat.abstract_gpu():
+        text = lower(kernel).as_text()
+    return row | {"kernels": text.count(compat.MOSAIC_CALL)}
+
+
+def problems(rows: list[dict]) -> list[str]:
+    """What the compiled kernels of the block table must not do, and do."""
+    found = []
+    for row in rows:
+        name = f"mosaic {row['kernel']} at head size {row['head_size']}, {row['dtype']}, {row['mask']}"
+        if row["spilled_bytes"]:
+            found.append(f"{name}: spills {row['spilled_bytes']} bytes")
+        if not row["wgmma"]:
+            found.append(f"{name}: no wgmma instruction")
+        if row["shared_bytes"] > SHARED_BYTES:
+            found.append(f"{name}: {row['shared_bytes']} bytes of shared memory, of {SHARED_BYTES}")
+    return found

@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# What to run on an NVIDIA GPU, in the order of its worth, for a quarter of an hour: numerics, speed, block sizes, speed again.
+# Every part writes after each row and goes on where it stopped, so that this script can be stopped and run again.
+# Files: results/<device>/, kernels/numerics/<device>.json, kernels/blocks/<device>.json. Commit them.
+#
+#     PYTHON=python3 scripts/gpu_session.sh          the Python with a CUDA build of jax: pip install "jax[cuda13]"
+set -euo pipefail
+cd "$(dirname "$0")/.."
+PYTHON="${PYTHON:-python3}"
+export XLA_PYTHON_CLIENT_PREALLOCATE=false
+device="$("$PYTHON" -c 'from kernels import devices; import jax; assert jax.default_backend() == "gpu", "no GPU here"; print(devices.slug(devices.here()))')"
+
+# 1. Numerics of the whole table, then of the same kernels as tests. A failure is recorded, and the rest still measured.
+timeout 240 "$PYTHON" -m benchmarks.attention_numerics --commit || echo "numerics: not passed; mosaic stays by name only"
+# 2. Speed of the shapes that the targets are about.
+timeout 180 "$PYTHON" -m benchmarks.gpu_attention --head_sizes 128 64 --masks full causal --lengths 4096 16384 || true
+# 3. Block sizes, of the candidates that compile without spills, and the same shapes again with what is fastest.
+timeout 180 "$PYTHON" -m benchmarks.attention_tuning --commit || true
+timeout 120 "$PYTHON" -m benchmarks.gpu_attention --head_sizes 128 64 --masks full causal --lengths 4096 16384 \
+  --out "results/$device/attention_tuned.json" || true
+# 4. Everything else: other lengths, windows, BigBird, documents, bias, head size 256.
+timeout 240 "$PYTHON" -m benchmarks.gpu_attention || true
+ls -l "results/$device"

@@ -1,0 +1,130 @@
+"""The Mosaic GPU kernels: right in JAX's interpreter, lowered for an H200, refused where they cannot, never chosen unproven.
+
+What the interpreter cannot run is in `kernels.attention.mosaic.machine`: wgmma and layouts of registers. On a GPU of compute
+capability 9.0, `JAX_PLATFORMS=cuda pytest tests/kernels/test_mosaic.py -m gpu` runs the whole table of numerics compiled.
+"""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from kernels import compat, devices
+from kernels.attention import Dropout, api, biases, explain, masks, mosaic, numerics, reference
+from kernels.attention.mosaic import tiling
+from kernels.attention.numerics import Case
+from kernels.offline import mosaic as offline
+
+INTERPRETED = {
+    "grouped heads, ends cut short": (Case(40, 100, 64, "causal", H=2, G=1), mosaic.Blocks(64, 64, 1, 2)),
+    "two consumers in turns, soft-cap": (Case(128, 192, 64, "window", H=1, G=1, softcap=5.0), mosaic.Blocks(64, 64, 2, 2, True)),
+}
+
+
+@pytest.mark.parametrize(("case", "blocks"), INTERPRETED.values(), ids=INTERPRETED)
+def test_forward_and_backward_meet_the_criterion_interpreted(case, blocks, quick_compile):
+    run = functools.partial(mosaic.attend, blocks=dict.fromkeys(tiling.PASSES, blocks))
+    found = numerics.check(run, case, runs=1)
+    assert found["passed"], found
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="compiled Mosaic GPU kernels need an NVIDIA GPU; none is here")
+@pytest.mark.parametrize("case", list(numerics.table()), ids=str)
+def test_the_table_of_numerics_on_a_gpu(case):
+    found = numerics.check(mosaic.attend, case)
+    assert found["passed"], found
+
+
+def test_the_criterion_sees_an_error_of_a_few_roundings(quick_compile):
+    case = Case(9, 9, 8, "causal", H=1, G=1)
+
+    def off(call):
+        out, lse = reference.attend(call)
+        return out * 1.03, lse
+
+    found = numerics.check(off, case, runs=1)
+    assert not found["passed"] and not found["out"]["passed"] and found["lse"]["passed"]
+
+
+@pytest.mark.parametrize("name", tiling.PASSES)
+def test_every_entry_of_the_block_table_lowers_for_a_gpu(name):
+    kernels = [kernel for kernel in offline.kernels() if kernel.name == name and kernel.dtype == "bfloat16"]
+    assert {kernel.head_size for kernel in kernels} == set(tiling.HEAD_SIZES)
+    for kernel in kernels:
+        with compat.abstract_gpu():
+            text = offline.lower(kernel, length=512).as_text()
+        assert text.count(compat.MOSAIC_CALL) == 1 and f"attention_{name}" in text
+
+
+def array(*shape, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+X, X96, X32 = array(1, 64, 2, 64), array(1, 64, 2, 96), array(1, 64, 2, 64, dtype=jnp.float32)
+REFUSED = {
+    "head size": ((X96, X96, X96), {}, "must be of one size in (64, 128), not [96]"),
+    "head sizes that differ": ((X, X, array(1, 64, 2, 128)), {}, "not [64, 128]"),
+    "float32": ((X32, X32, X32), {}, "tensor cores take bfloat16 and float16, not float32"),
+    "stored mask": ((X, X, X), {"mask": masks.PerHead((masks.Full(), masks.Causal()))}, "has tiles that must be stored"),
+    "negated mask": ((X, X, X), {"mask": masks.Causal() & ~masks.Window(3)}, "negates or is a Predicate"),
+    "bias": ((X, X, X), {"bias": biases.ALiBi(array(2, dtype=jnp.float32))}, "it has no bias, here ALiBi"),
+    "segments": ((X, X, X), {"segment_ids": array(1, 64, dtype=jnp.int32)}, "it has no segment ids"),
+    "positions": ((X, X, X), {"q_positions": array(64, dtype=jnp.int32)}, "it takes default positions only"),
+    "dropout": ((X, X, X), {"dropout": Dropout(0.1, array(2, dtype=jnp.uint32))}, "it has no dropout"),
+}
+
+
+@pytest.mark.parametrize(("arrays", "options", "reason"), REFUSED.values(), ids=REFUSED)
+def test_what_is_missing_is_refused_with_a_reason(arrays, options, reason):
+    others = explain(*arrays, **options, implementation="reference").others
+    assert others["mosaic"].startswith("cannot: ") and reason in others["mosaic"]
+    with pytest.raises(ValueError, match="implementation='mosaic' cannot run this call"):
+        explain(*arrays, **options, implementation="mosaic")
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Where files of devices are looked up, with the H200's block table alone."""
+    table = devices.blocks_file(devices.FALLBACK).read_text()
+    monkeypatch.setattr(devices, "FOLDER", tmp_path)
+    monkeypatch.setattr(devices, "here", lambda: "NVIDIA Test 1")
+    devices.verified.cache_clear()
+    devices.blocks.cache_clear()
+    (tmp_path / "blocks").mkdir()
+    (tmp_path / "numerics").mkdir()
+    devices.blocks_file(devices.FALLBACK).write_text(table)
+    yield tmp_path
+    devices.verified.cache_clear()
+    devices.blocks.cache_clear()
+
+
+def test_no_kernel_is_chosen_on_a_gpu_before_its_numerics_are_committed(folder):
+    assert explain(X, X, X).name not in api.GPU_KERNELS
+    assert api.preference("gpu") == api.PREFERENCE
+    record = {"attend": {"mosaic": {"passed": True, "cases": 88}, "portable": {"passed": False, "cases": 88}}}
+    (folder / "numerics" / "nvidia-test-1.json").write_text(json.dumps(record))
+    devices.verified.cache_clear()
+    assert api.preference("gpu") == ("mosaic", *api.PREFERENCE)
+    assert api.preference("cpu") == api.PREFERENCE
+
+
+def test_block_sizes_are_those_of_the_device_or_of_an_h200(folder):
+    theirs = tiling.table("NVIDIA Test 1")
+    assert theirs == tiling.table(devices.FALLBACK) and set(theirs) == set(tiling.PASSES)
+    own = {name: {"64": mosaic.Blocks(64, 64, 1, 4)._asdict()} for name in tiling.PASSES}
+    (folder / "blocks" / "nvidia-test-1.json").write_text(json.dumps({"mosaic": own}))
+    devices.blocks.cache_clear()
+    assert tiling.table("NVIDIA Test 1")["dq"] == {64: mosaic.Blocks(64, 64, 1, 4)}
+
+
+def test_problems_name_what_a_compiled_kernel_must_not_do():
+    good = {"kernel": "dkv", "dtype": "bfloat16", "head_size": 128, "mask": "causal"}
+    good |= {"spilled_bytes": 0, "wgmma": 48, "shared_bytes": 133120}
+    assert offline.problems([good]) == []
+    bad = good | {"spilled_bytes": 16}, good | {"wgmma": 0}, good | {"shared_bytes": 2**18}
+    for row, words in zip(bad, ("spills 16 bytes", "no wgmma", "262144 bytes of shared memory")):
+        [problem] = offline.problems([row])
+        assert problem.startswith("mosaic dkv at head size 128, bfloat16, causal") and words in problem
