@@ -1,6 +1,6 @@
 """Compiles every Pallas kernel for an H200 on a machine without a GPU, and reports what the compilers made of it.
 
-    python -m kernels.offline                                  lowers attention's kernels to Triton's IR; needs only the requirements
+    python -m kernels.offline                                  lowers attention's Triton kernels; needs only the requirements
     python -m kernels.offline --compile --memory --out=results/offline/attention-h200.json
     python -m kernels.offline --op=scan --compile --out=results/offline/scan-h200.json
     python -m kernels.offline --op=paged --compile --out=results/offline/paged-h200.json

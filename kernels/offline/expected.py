@@ -3,7 +3,7 @@
     python -m kernels.offline.expected --out=results/offline/mosaic-expected-h200.json
 
 For each pass, with the block table's tiles and the tiles that the mask's lists visit: the seconds that tensor cores need at the
-rate large matrix products reach, those of the exponentials, of the other arithmetic on scores, of tiles from the second-level cache
+rate large matrix products reach, those of the exponentials, of other arithmetic on scores, of tiles from the second-level cache
 and arrays from memory, and how full the last wave of programs leaves the processors. `best` overlaps all of them, as ping-pong
 scheduling tries to; `worst` overlaps products with no arithmetic on scores. Launches, barriers, the pipeline's start and clocks
 that sink under load are left out. Operations are counted as in `benchmarks.gpu_attention`.

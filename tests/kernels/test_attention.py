@@ -13,7 +13,7 @@ from kernels.attention import Dropout, biases, chunked, explain, masks
 from kernels.attention.api import IMPLEMENTATIONS
 from kernels.attention.call import Call
 
-FAST = sorted(set(IMPLEMENTATIONS) - {"reference", "cudnn"})  # the latter has tests of its own
+FAST = sorted(set(IMPLEMENTATIONS) - attention_cases.IN_16_BITS - {"reference"})
 NAMES = [*FAST, "reference"]
 
 

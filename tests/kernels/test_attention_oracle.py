@@ -6,13 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_cases import IN_16_BITS
 
 from kernels import attention
 from kernels.attention import biases, explain, masks
 from kernels.attention.api import IMPLEMENTATIONS
 
 TOLERANCE = 1e-4  # the oracle folder's own, for another float32 implementation
-NAMES = sorted(set(IMPLEMENTATIONS) - {"cudnn"})
+NAMES = sorted(set(IMPLEMENTATIONS) - IN_16_BITS)
 attend = jax.jit(attention.attend, static_argnames=("mask", "return_lse", "implementation"))
 
 
