@@ -32,7 +32,7 @@ MASKS = {
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One call; `mask` is a key of `MASKS`."""
+    """One call; `mask` is a key of `MASKS`, `documents` how many are packed, 0 for no segment ids."""
 
     L: int
     S: int
@@ -43,6 +43,7 @@ class Case:
     H: int = 2
     G: int = 2
     softcap: float | None = None
+    documents: int = 0
 
     def __str__(self) -> str:
         given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name) != f.default}
@@ -53,7 +54,11 @@ class Case:
         keys = jax.random.split(jax.random.key(0), 3)
         shapes = (self.B, self.L, self.H, self.D), *[(self.B, self.S, self.G, self.D)] * 2
         q, k, v = (jax.random.normal(key, shape, jnp.dtype(self.dtype)) for key, shape in zip(keys, shapes))
-        return Call(q, k, v, *[None] * 6, mask=MASKS[self.mask], softcap=self.softcap, scale=self.D**-0.5)
+        ids = [self._ids(self.L), self._ids(self.S)] if self.documents else [None, None]
+        return Call(q, k, v, None, *ids, None, None, None, mask=MASKS[self.mask], softcap=self.softcap, scale=self.D**-0.5)
+
+    def _ids(self, length: int) -> jax.Array:
+        return jnp.broadcast_to(jnp.arange(length) * self.documents // length, (self.B, length))
 
     def cotangents(self) -> tuple[jax.Array, jax.Array]:
         keys = jax.random.split(jax.random.key(1), 2)
@@ -62,7 +67,7 @@ class Case:
 
 
 def table() -> Iterator[Case]:
-    """What is run on a card: every mask at lengths around tiles' ends and long ones, grouped heads, both types, soft-cap."""
+    """What is run on a card: every mask at lengths around tiles' ends and long ones, grouped heads, both types, soft-cap, documents."""
     lengths = (1, 1), (63, 63), (65, 65), (113, 203), (799, 3), (128, 128), (257, 257), (1024, 1023), (2048, 2048)
     for D, mask, (L, S) in itertools.product((64, 128), MASKS, lengths):
         yield Case(L, S, D, mask)
@@ -71,6 +76,7 @@ def table() -> Iterator[Case]:
         yield Case(1000, 1000, D, mask, B=2, H=8, G=2)
         yield Case(500, 500, D, mask, H=4, G=1, softcap=15.0)
         yield Case(4096, 4096, D, mask, B=2, H=4)
+        yield Case(1000, 1000, D, mask, documents=3)
 
 
 def dense(call: Call) -> tuple[jax.Array, jax.Array]:

@@ -12,7 +12,7 @@ import pathlib
 import re
 import tempfile
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,23 @@ from kernels.attention.portable.backward import Rows
 from kernels.offline.compiler import SHARED_BYTES, h200, link_cuda
 
 LENGTH, HEADS, KV_HEADS = 4096, 8, 4
-MASKS = {"full": masks.Full(), "causal": masks.Causal(), "window": masks.Causal() & masks.Window(1024)}
+
+
+class Pattern(NamedTuple):
+    """A mask, whether segment ids tell packed documents apart, and the soft-cap of scores."""
+
+    mask: masks.Mask
+    documents: bool = False
+    softcap: float | None = None
+
+
+MASKS = {
+    "full": Pattern(masks.Full()),
+    "causal": Pattern(masks.Causal()),
+    "window": Pattern(masks.Causal() & masks.Window(1024)),
+    "documents": Pattern(masks.Causal(), documents=True),
+    "soft-cap": Pattern(masks.Causal(), softcap=30.0),
+}
 
 PASSES: dict[str, Callable[[Plan, Call, Rows], Any]] = {
     "forward": lambda plan, call, rows: forward.run_forward(plan.forward, call),
@@ -63,15 +79,17 @@ def lower(kernel: Kernel, length: int = LENGTH, sharding: Any = None) -> jax.sta
 
     q, kv = (array((1, length, heads, size), dtype) for heads in (HEADS, KV_HEADS))
     row = array((1, HEADS, length), jnp.float32)
-    call = call_of(q, kv, kv, kernel.mask)
+    ids = array((1, length), jnp.int32) if MASKS[kernel.mask].documents else None
+    call = dataclasses.replace(call_of(q, kv, kv, kernel.mask), q_segments=ids, kv_segments=ids)
     run = functools.partial(PASSES[kernel.name], plan(call, interpret=False, blocks=dict.fromkeys(PASSES, kernel.blocks)))
     traced = jax.jit(run).trace(call, Rows(q, row, row))
     return traced.lower() if sharding is not None else traced.lower(lowering_platforms=("cuda",))
 
 
 def call_of(q, k, v, mask: str) -> Call:
-    """The call of these arrays, with that one of `MASKS`."""
-    return Call(q, k, v, *[None] * 6, mask=MASKS[mask], softcap=None, scale=q.shape[3] ** -0.5)
+    """The call of these arrays, with that one of `MASKS`, without its segment ids."""
+    pattern = MASKS[mask]
+    return Call(q, k, v, *[None] * 6, mask=pattern.mask, softcap=pattern.softcap, scale=q.shape[3] ** -0.5)
 
 
 def compile_figures(kernel: Kernel, length: int = LENGTH) -> dict[str, int]:

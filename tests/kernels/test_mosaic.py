@@ -18,7 +18,7 @@ from kernels.attention.numerics import Case
 from kernels.offline import mosaic as offline
 
 INTERPRETED = {
-    "grouped heads, ends cut short": (Case(40, 100, 64, "causal", H=2, G=1), mosaic.Blocks(64, 64, 1, 2)),
+    "grouped heads, documents, ends cut short": (Case(40, 100, 64, "causal", H=2, G=1, documents=3), mosaic.Blocks(64, 64, 1, 2)),
     "two consumers in turns, soft-cap": (Case(128, 192, 64, "window", H=1, G=1, softcap=5.0), mosaic.Blocks(64, 64, 2, 2, True)),
 }
 
@@ -71,7 +71,6 @@ REFUSED = {
     "stored mask": ((X, X, X), {"mask": masks.PerHead((masks.Full(), masks.Causal()))}, "has tiles that must be stored"),
     "negated mask": ((X, X, X), {"mask": masks.Causal() & ~masks.Window(3)}, "negates or is a Predicate"),
     "bias": ((X, X, X), {"bias": biases.ALiBi(array(2, dtype=jnp.float32))}, "it has no bias, here ALiBi"),
-    "segments": ((X, X, X), {"segment_ids": array(1, 64, dtype=jnp.int32)}, "it has no segment ids"),
     "positions": ((X, X, X), {"q_positions": array(64, dtype=jnp.int32)}, "it takes default positions only"),
     "dropout": ((X, X, X), {"dropout": Dropout(0.1, array(2, dtype=jnp.uint32))}, "it has no dropout"),
 }

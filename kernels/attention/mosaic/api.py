@@ -31,7 +31,6 @@ def why_not(spec: Spec) -> str | None:
         "a mask that negates or is a Predicate has operations that Mosaic GPU may lack": _holds(spec.mask, masks.Not)
         or _holds(spec.mask, masks.Predicate),
         f"it has no bias, here {spec.bias}": spec.bias is not None,
-        "it has no segment ids": spec.segment_ids,
         "it takes default positions only": spec.traced_positions,
         "it has no dropout": spec.dropout,
     }

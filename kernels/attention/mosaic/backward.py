@@ -17,7 +17,7 @@ from jaxtyping import Array
 
 from kernels.attention.call import Call
 from kernels.attention.mosaic.machine import machine
-from kernels.attention.mosaic.program import Ring, launch, matrix, run_roles, walk
+from kernels.attention.mosaic.program import Ring, launch, load, matrix, run_roles, vector, walk
 from kernels.attention.mosaic.tile import Tile
 from kernels.attention.mosaic.tiling import Plan, Tiling
 from kernels.attention.portable import lists
@@ -38,11 +38,13 @@ def run_dkv(tiling: Tiling, call: Call, rows: Rows) -> list[Array]:
     padded, listed = pad(call, tiling), lists.by_column(call, tiling)
     (B, _, G, D), dtype, blocks = padded.k.shape, call.k.dtype, tiling.blocks
     out = [jax.ShapeDtypeStruct(padded.k.shape, dtype)] * 2
-    own = matrix(blocks.consumers, blocks.own, D, dtype=dtype)
-    tile = matrix(blocks.stages, blocks.visited, D, dtype=dtype)
-    row = plgpu.SMEM((blocks.stages, blocks.visited), jnp.float32)
-    loaded = plgpu.Barrier(num_barriers=blocks.consumers, num_arrivals=2)
-    scratch = [[own, own, loaded], Ring.scratch(tiling, [tile, row, tile, row])]
+    ids = [] if call.q_segments is None else [jnp.int32]
+    own = [matrix(blocks.consumers, blocks.own, D, dtype=dtype)] * 2
+    own += [vector(blocks.consumers, blocks.own, dtype=kind) for kind in ids]
+    loaded = plgpu.Barrier(num_barriers=blocks.consumers, num_arrivals=len(own))
+    tiles = [matrix(blocks.stages, blocks.visited, D, dtype=dtype)] * 2
+    tiles += [vector(blocks.stages, blocks.visited, dtype=kind) for kind in (jnp.float32, jnp.float32, *ids)]
+    scratch = [[own, loaded], Ring.scratch(tiling, tiles)]
     grid = {"group": G, "line": tiling.columns, "batch": B}
     kernel = functools.partial(_dkv_kernel, tiling)
     return launch(kernel, "dkv", tiling, grid, out, scratch, padded, _in_base_2(rows, tiling), listed)
@@ -69,21 +71,29 @@ def _dkv_kernel(tiling: Tiling, operands, outputs, scratch):
         def visit(head, n, row, tested, carry):
             queries = pl.ds(row * tiling.q_tile, tiling.q_tile)
             of_tile, of_row = (b, queries, head), (b, head, queries)
-            refs = call.q.at[of_tile], rows.lse.at[of_row], rows.do.at[of_tile], rows.delta.at[of_row]
-            ring.fill(n, stages, refs)
+            refs = [call.q.at[of_tile], rows.do.at[of_tile], rows.lse.at[of_row], rows.delta.at[of_row]]
+            ring.fill(n, stages, refs + _ids(call.q_segments, b, queries))
 
         n, _ = of_heads(visit, None)
         ring.drain(n, stages)
 
     def consume(consumer):
-        k, v, loaded = (ref.at[consumer] for ref in keys)
+        buffers, loaded = [ref.at[consumer] for ref in keys[0]], keys[1].at[consumer]
         key = column * tiling.kv_tile + consumer * tiling.blocks.own
-        at = (b, pl.ds(key, tiling.blocks.own), group)
-        _load(loaded, (call.k.at[at], k), (call.v.at[at], v))
+        own = pl.ds(key, tiling.blocks.own)
+        at = (b, own, group)
+        load(loaded, list(zip([call.k.at[at], call.v.at[at], *_ids(call.kv_segments, b, own)], buffers, strict=True)))
+        k, v, *ids = buffers
+        ids = [gpu.load(ref, 0) for ref in ids]
 
         def visit(head, n, row, tested, carry):
-            tile = Tile(gpu, tiling, call, row * tiling.q_tile, key, tested, transposed=True)
-            return _visit_queries(gpu, tile, k, v, ring.slot(n, stages), carry)
+            [slot] = ring.slot(n, stages)
+            refs = slot.wait()
+            segments = (*ids, gpu.load(refs[4], 1)) if ids else None
+            tile = Tile(gpu, tiling, call, row * tiling.q_tile, key, tested, segments, transposed=True)
+            carry = _visit_queries(gpu, tile, k, v, refs, carry)
+            slot.release()
+            return carry
 
         zeros = gpu.full(k.shape, 0.0), gpu.full(v.shape, 0.0)
         _, (dk, dv) = of_heads(visit, zeros)
@@ -92,30 +102,36 @@ def _dkv_kernel(tiling: Tiling, operands, outputs, scratch):
     run_roles(gpu, tiling, produce, consume)
 
 
-def _visit_queries(gpu, tile: Tile, k, v, slots, carry):
+def _visit_queries(gpu, tile: Tile, k, v, refs, carry):
     """dk and dv after one tile, whose rows are keys."""
     dk, dv = carry
-    [slot] = slots
-    q, lse, do, delta = slot.wait()
+    q, do, lse, delta = refs[:4]
     s, derivative = tile.scores(gpu.product(k, q))
     p = jnp.exp2(s - lax.broadcast_in_dim(gpu.load(lse, 1), s.shape, [1]))
-    dv = gpu.add_product(dv, p.astype(tile.call.q.dtype), do)
+    weights = p.astype(tile.call.q.dtype)
+    if derivative is not None:  # used up before the products, lest it holds registers through them
+        weights, p = lax.optimization_barrier((weights, p * derivative))
+    dv = gpu.add_product(dv, weights, do)
     ds = p * gpu.add_transposed(lax.broadcast_in_dim(-gpu.load(delta, 1), s.shape, [1]), v, do)
-    ds = ds if derivative is None else ds * derivative
-    dk = gpu.add_product(dk, ds.astype(tile.call.q.dtype), q)
-    slot.release()
-    return dk, dv
+    return gpu.add_product(dk, ds.astype(tile.call.q.dtype), q), dv
+
+
+def _ids(segments, b, at) -> list:
+    """The segment ids of some rows, if there are any."""
+    return [] if segments is None else [segments.at[b, at]]
 
 
 def run_dq(tiling: Tiling, call: Call, rows: Rows) -> list[Array]:
     """dq, padded."""
     padded, listed = pad(call, tiling), lists.by_row(call, tiling)
     (B, _, H, D), dtype, blocks = padded.q.shape, call.q.dtype, tiling.blocks
-    own = matrix(blocks.consumers, blocks.own, D, dtype=dtype)
-    row = plgpu.SMEM((blocks.consumers, blocks.own), jnp.float32)
-    tile = matrix(blocks.stages, blocks.visited, D, dtype=dtype)
-    loaded = plgpu.Barrier(num_barriers=blocks.consumers, num_arrivals=4)
-    scratch = [[own, own, row, row, loaded], Ring.scratch(tiling, [tile, tile])]
+    ids = [] if call.q_segments is None else [jnp.int32]
+    own = [matrix(blocks.consumers, blocks.own, D, dtype=dtype)] * 2
+    own += [vector(blocks.consumers, blocks.own, dtype=kind) for kind in (jnp.float32, jnp.float32, *ids)]
+    loaded = plgpu.Barrier(num_barriers=blocks.consumers, num_arrivals=len(own))
+    tiles = [matrix(blocks.stages, blocks.visited, D, dtype=dtype)] * 2
+    tiles += [vector(blocks.stages, blocks.visited, dtype=kind) for kind in ids]
+    scratch = [[own, loaded], Ring.scratch(tiling, tiles)]
     out = [jax.ShapeDtypeStruct(padded.q.shape, dtype)]
     grid = {"head": H, "line": tiling.rows, "batch": B}
     kernel = functools.partial(_dq_kernel, tiling)
@@ -133,24 +149,31 @@ def _dq_kernel(tiling: Tiling, operands, outputs, scratch):
         group = lax.div(head, jnp.int32(call.q.shape[2] // call.k.shape[2]))
 
         def visit(n, column, tested, carry):
-            at = (b, pl.ds(column * tiling.kv_tile, tiling.kv_tile), group)
-            ring.fill(n, stages, (call.k.at[at], call.v.at[at]))
+            keys = pl.ds(column * tiling.kv_tile, tiling.kv_tile)
+            at = (b, keys, group)
+            ring.fill(n, stages, [call.k.at[at], call.v.at[at], *_ids(call.kv_segments, b, keys)])
 
         n, _ = walk(listed, head, row, visit, (jnp.int32(0), None))
         ring.drain(n, stages)
 
     def consume(consumer):
-        q, do, lse, delta, loaded = (ref.at[consumer] for ref in queries)
+        buffers, loaded = [ref.at[consumer] for ref in queries[0]], queries[1].at[consumer]
         query = row * tiling.q_tile + consumer * tiling.blocks.own
         own = pl.ds(query, tiling.blocks.own)
         of_tile, of_row = (b, own, head), (b, head, own)
-        sources = call.q.at[of_tile], rows.do.at[of_tile], rows.lse.at[of_row], rows.delta.at[of_row]
-        _load(loaded, *zip(sources, (q, do, lse, delta)))
-        statistics = gpu.load(lse, 0), gpu.load(delta, 0)
+        sources = [call.q.at[of_tile], rows.do.at[of_tile], rows.lse.at[of_row], rows.delta.at[of_row]]
+        load(loaded, list(zip(sources + _ids(call.q_segments, b, own), buffers, strict=True)))
+        q, do, *vectors = buffers
+        lse, delta, *ids = (gpu.load(ref, 0) for ref in vectors)
 
         def visit(n, column, tested, dq):
-            tile = Tile(gpu, tiling, call, query, column * tiling.kv_tile, tested)
-            return _visit_keys(gpu, tile, q, do, statistics, ring.slot(n, stages), dq)
+            [slot] = ring.slot(n, stages)
+            k, v, *kv_ids = slot.wait()
+            segments = (*ids, gpu.load(*kv_ids, 1)) if ids else None
+            tile = Tile(gpu, tiling, call, query, column * tiling.kv_tile, tested, segments)
+            dq = _visit_keys(gpu, tile, (q, do, lse, delta), (k, v), dq)
+            slot.release()
+            return dq
 
         _, dq = walk(listed, head, row, visit, (jnp.int32(0), gpu.full(q.shape, 0.0)))
         _store((dq * call.scale, q, outputs[0].at[of_tile]))
@@ -158,18 +181,14 @@ def _dq_kernel(tiling: Tiling, operands, outputs, scratch):
     run_roles(gpu, tiling, produce, consume)
 
 
-def _visit_keys(gpu, tile: Tile, q, do, statistics, slots, dq):
+def _visit_keys(gpu, tile: Tile, of_queries, of_keys, dq):
     """dq after one tile, whose rows are queries."""
-    [slot] = slots
-    k, v = slot.wait()
+    (q, do, lse, delta), (k, v) = of_queries, of_keys
     s, derivative = tile.scores(gpu.product(q, k))
-    lse, delta = (lax.broadcast_in_dim(x, s.shape, [0]) for x in statistics)
-    p = jnp.exp2(s - lse)
-    ds = p * (gpu.product(do, v) - delta)
-    ds = ds if derivative is None else ds * derivative
-    dq = gpu.add_product(dq, ds.astype(tile.call.q.dtype), k)
-    slot.release()
-    return dq
+    p = jnp.exp2(s - lax.broadcast_in_dim(lse, s.shape, [0]))
+    p = p if derivative is None else p * derivative
+    ds = p * (gpu.product(do, v) - lax.broadcast_in_dim(delta, s.shape, [0]))
+    return gpu.add_product(dq, ds.astype(tile.call.q.dtype), k)
 
 
 def _in_base_2(rows: Rows, tiling: Tiling) -> Rows:
@@ -177,13 +196,6 @@ def _in_base_2(rows: Rows, tiling: Tiling) -> Rows:
     L = tiling.padded["L"]
     lse = pad_axis(rows.lse * math.log2(math.e), 2, L, jnp.inf)
     return Rows(pad_axis(rows.do, 1, L), lse, pad_axis(rows.delta, 2, L))
-
-
-def _load(barrier, *pairs) -> None:
-    """Copy from global to shared memory, and wait."""
-    for source, target in pairs:
-        plgpu.copy_gmem_to_smem(source, target, barrier)
-    plgpu.barrier_wait(barrier)
 
 
 def _store(*triples) -> None:

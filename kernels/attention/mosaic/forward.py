@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from kernels.attention.call import Call
 from kernels.attention.mosaic.machine import machine
-from kernels.attention.mosaic.program import Ring, launch, matrix, run_roles, walk
+from kernels.attention.mosaic.program import Ring, launch, load, matrix, run_roles, vector, walk
 from kernels.attention.mosaic.tile import Tile
 from kernels.attention.mosaic.tiling import Tiling
 from kernels.attention.portable import lists
@@ -35,16 +35,22 @@ def run_forward(tiling: Tiling, call: Call) -> list[Array]:
     (B, L, H, D), dtype = padded.q.shape, call.q.dtype
     blocks = tiling.blocks
     out = [jax.ShapeDtypeStruct((B, L, H, D), dtype), jax.ShapeDtypeStruct((B, H, L), jnp.float32)]
-    rows = [
+    ids = [] if call.q_segments is None else [jnp.int32]
+    own = [
         matrix(blocks.consumers, blocks.own, D, dtype=dtype),
-        plgpu.SMEM((blocks.consumers, blocks.own), jnp.float32),
-        plgpu.Barrier(num_barriers=blocks.consumers),
+        *(vector(blocks.consumers, blocks.own, dtype=kind) for kind in ids),
+    ]
+    scratch = [
+        own,
+        vector(blocks.consumers, blocks.own),
+        plgpu.Barrier(num_barriers=blocks.consumers, num_arrivals=len(own)),
         plgpu.Barrier(num_arrivals=2),
     ]
     tile = matrix(blocks.stages, blocks.visited, D, dtype=dtype)
+    of_keys = [tile, *(vector(blocks.stages, blocks.visited, dtype=kind) for kind in ids)]
     grid = {"head": H, "line": tiling.rows, "batch": B}
     kernel = functools.partial(_kernel, tiling)
-    return launch(kernel, "forward", tiling, grid, out, [rows, Ring.scratch(tiling, [tile], [tile])], padded, listed)
+    return launch(kernel, "forward", tiling, grid, out, [scratch, Ring.scratch(tiling, of_keys, [tile])], padded, listed)
 
 
 def _kernel(tiling: Tiling, operands, outputs, scratch):
@@ -58,8 +64,9 @@ def _kernel(tiling: Tiling, operands, outputs, scratch):
         group = lax.div(head, jnp.int32(call.q.shape[2] // call.k.shape[2]))
 
         def visit(n, column, tested, carry):
-            at = (b, pl.ds(column * tiling.kv_tile, tiling.kv_tile), group)
-            ring.fill(n, tiling.blocks.stages, [call.k.at[at]], [call.v.at[at]])
+            keys = pl.ds(column * tiling.kv_tile, tiling.kv_tile)
+            ids = [] if call.kv_segments is None else [call.kv_segments.at[b, keys]]
+            ring.fill(n, tiling.blocks.stages, [call.k.at[b, keys, group], *ids], [call.v.at[b, keys, group]])
 
         n, _ = walk(listed, head, row, visit, (jnp.int32(0), None))
         ring.drain(n, tiling.blocks.stages)
@@ -72,34 +79,31 @@ def _kernel(tiling: Tiling, operands, outputs, scratch):
 
 def _consume(gpu, tiling: Tiling, call: Call, listed: lists.Lists, outputs, rows, ring: Ring, where):
     b, head, row, consumer = where
-    own = tiling.blocks.own
-    query = row * tiling.q_tile + consumer * own
-    q, lse, loaded = (ref.at[consumer] for ref in rows[:3])
+    query = row * tiling.q_tile + consumer * tiling.blocks.own
+    own = pl.ds(query, tiling.blocks.own)
+    buffers, lse, loaded = [ref.at[consumer] for ref in rows[0]], rows[1].at[consumer], rows[2].at[consumer]
     turn = Turn(rows[3], tiling.blocks.pingpong)
-    plgpu.copy_gmem_to_smem(call.q.at[b, pl.ds(query, own), head], q, loaded)
-    plgpu.barrier_wait(loaded)
+    sources = [call.q.at[b, own, head]] + ([] if call.q_segments is None else [call.q_segments.at[b, own]])
+    load(loaded, list(zip(sources, buffers, strict=True)))
+    q, *ids = buffers
+    ids = [gpu.load(ref, 0) for ref in ids]
 
     def visit(n, column, tested, carry):
-        m, l, acc = carry
         of_k, of_v = ring.slot(n, tiling.blocks.stages)
-        tile = Tile(gpu, tiling, call, query, column * tiling.kv_tile, tested)
-        products = gpu.product(q, *of_k.wait())
+        k, *kv_ids = of_k.wait()
+        segments = (*ids, gpu.load(*kv_ids, 1)) if ids else None
+        tile = Tile(gpu, tiling, call, query, column * tiling.kv_tile, tested, segments)
+        products = gpu.product(q, k)
         turn.swap()
         of_k.release()
-        s, _ = tile.scores(products)
-        m_new = jnp.maximum(m, s.max(axis=1))
-        shift = jnp.where(m_new == -jnp.inf, 0, m_new) if tested else m_new
-        p = jnp.exp2(s - lax.broadcast_in_dim(shift, s.shape, [0]))
-        rescale = jnp.exp2(m - shift)
-        l = rescale * l + p.sum(axis=1)
-        acc = acc * lax.broadcast_in_dim(rescale, acc.shape, [0])
-        weights = p.astype(call.v.dtype)
+        *statistics, acc, weights = _online_softmax(tile, products, *carry)
         turn.finish()
         acc = gpu.add_product(acc, weights, *of_v.wait())
         of_v.release()
-        return m_new, l, acc
+        return *statistics, acc
 
-    state = gpu.full((own,), -jnp.inf), gpu.full((own,), 0.0), gpu.full((own, call.v.shape[3]), 0.0)
+    size = (tiling.blocks.own,)
+    state = gpu.full(size, -jnp.inf), gpu.full(size, 0.0), gpu.full(q.shape, 0.0)
     turn.start(consumer)
     _, (m, l, acc) = walk(listed, head, row, visit, (jnp.int32(0), state))
     turn.end(consumer)
@@ -107,9 +111,20 @@ def _consume(gpu, tiling: Tiling, call: Call, listed: lists.Lists, outputs, rows
     q[...] = (acc * lax.broadcast_in_dim(1 / l_or_one, acc.shape, [0])).astype(q.dtype)  # the queries have been used
     lse[...] = jnp.where(l == 0, -jnp.inf, (m + jnp.log2(l_or_one)) * math.log(2))
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(q, outputs[0].at[b, pl.ds(query, own), head])
-    plgpu.copy_smem_to_gmem(lse, outputs[1].at[b, head, pl.ds(query, own)])
+    plgpu.copy_smem_to_gmem(q, outputs[0].at[b, own, head])
+    plgpu.copy_smem_to_gmem(lse, outputs[1].at[b, head, own])
     plgpu.wait_smem_to_gmem(0)
+
+
+def _online_softmax(tile: Tile, products, m, l, acc):
+    """m, l and acc rescaled for this tile's scores, and the tile's weights (Milakov & Gimelshein 2018), in base 2."""
+    s, _ = tile.scores(products)
+    m_new = jnp.maximum(m, s.max(axis=1))
+    shift = jnp.where(m_new == -jnp.inf, 0, m_new) if tile.tested else m_new
+    p = jnp.exp2(s - lax.broadcast_in_dim(shift, s.shape, [0]))
+    rescale = jnp.exp2(m - shift)
+    l = rescale * l + p.sum(axis=1)
+    return m_new, l, acc * lax.broadcast_in_dim(rescale, acc.shape, [0]), p.astype(tile.call.v.dtype)
 
 
 class Turn:

@@ -91,6 +91,18 @@ class Slot:
         plgpu.barrier_arrive(self.emptied)
 
 
+def vector(*shape: int, dtype=jnp.float32) -> Any:
+    """A buffer in shared memory for something of each row."""
+    return plgpu.SMEM(shape, dtype)
+
+
+def load(barrier, pairs: Sequence[tuple[Any, Any]]) -> None:
+    """Copy from global to shared memory, (source, target) each, and wait."""
+    for source, target in pairs:
+        plgpu.copy_gmem_to_smem(source, target, barrier)
+    plgpu.barrier_wait(barrier)
+
+
 def walk(listed: Lists, head, line, visit: Callable, state):
     """`state = visit(n, entry, tested, carry)` over the tiles of a line, those without a test first; state is (n, carry)."""
     start, first_tested, end = (listed.bounds[head if listed.heads > 1 else 0, line, i] for i in range(3))

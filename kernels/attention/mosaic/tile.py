@@ -17,7 +17,7 @@ LOG2E = math.log2(math.e)
 class Tile:
     """The scores of queries from `query` on with keys from `key` on, as indices; `transposed`: keys are the rows.
 
-    Where not `tested`, every pair is allowed.
+    Where not `tested`, every pair is allowed. `segments`: ids along the rows, and along the columns of the tile.
     """
 
     machine: Any
@@ -26,6 +26,7 @@ class Tile:
     query: Any
     key: Any
     tested: bool
+    segments: tuple[jax.Array, jax.Array] | None = None
     transposed: bool = False
 
     def scores(self, products: jax.Array) -> tuple[jax.Array, jax.Array | None]:
@@ -46,4 +47,7 @@ class Tile:
         if self.tiling.S % self.tiling.kv_tile:
             inside = kv < self.tiling.S
             allowed = inside if allowed is True else allowed & inside
+        if self.segments is not None:
+            rows, columns = (jax.lax.broadcast_in_dim(ids, shape, [axis]) for axis, ids in enumerate(self.segments))
+            allowed = allowed & (rows == columns)
         return allowed
