@@ -8,7 +8,7 @@ returns None, or the reason the implementation cannot run that call.
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 
@@ -33,8 +33,17 @@ class Choice:
         return "\n".join([f"{self.name}: {self.reason}", *(f"  not {name}: {why}" for name, why in self.others.items())])
 
 
-def choose(op: str, table: Mapping[str, Implementation], preference: Sequence[str], spec: Any, name: str | None) -> Choice:
+def choose(
+    op: str,
+    table: Mapping[str, Implementation],
+    preference: Sequence[str],
+    spec: Any,
+    name: str | None,
+    told: Collection[str] = (),
+) -> Choice:
     """Pick from `table` for `spec`: the implementation called `name`, or the first in `preference` that supports the call.
+
+    That one of `told` comes earlier in `preference` and cannot run the call is logged, once for each reason.
 
     Raises:
       ValueError: `name` is not in the table, or names an implementation that cannot run this call (the message says why), or
@@ -48,8 +57,9 @@ def choose(op: str, table: Mapping[str, Implementation], preference: Sequence[st
     chosen = name or next((key for key in preference if reasons[key] is None), None)
     if chosen is None:
         raise ValueError(f"{op}: none of {list(preference)} can run this call: {reasons}; by name: {_able(reasons)}")
-    for passed_over in [] if name else preference[: preference.index(chosen)]:
-        _log_once(f"{op}: {chosen}, not {passed_over}: {reasons[passed_over]}")
+    for earlier in [] if name else preference[: preference.index(chosen)]:
+        if earlier in told:
+            _log_once(f"{op}: {chosen}, not {earlier}: {reasons[earlier]}")
     why = "asked for by name" if name else f"the first of {list(preference)} that supports this call"
     others = {key: _why_not(key, reason, preference, name) for key, reason in reasons.items() if key != chosen}
     return Choice(chosen, f"{why} ({table[chosen].about})", others)

@@ -123,7 +123,7 @@ def explain(
 
 def _choose(call: Call, return_lse: bool, implementation: str | None) -> Choice:
     spec = spec_of(call, return_lse, jax.default_backend())
-    return choose("attend", IMPLEMENTATIONS, preference(spec.platform), spec, implementation)
+    return choose("attend", IMPLEMENTATIONS, preference(spec.platform), spec, implementation, told=GPU_KERNELS)
 
 
 def preference(platform: str) -> tuple[str, ...]:

@@ -67,7 +67,7 @@ class Case:
 
 
 def table() -> Iterator[Case]:
-    """What is run on a card: every mask at lengths around tiles' ends and long ones, grouped heads, both types, soft-cap, documents."""
+    """What is run on a card: every mask at lengths around tiles' ends, grouped heads, both types, soft-cap, documents."""
     lengths = (1, 1), (63, 63), (65, 65), (113, 203), (799, 3), (128, 128), (257, 257), (1024, 1023), (2048, 2048)
     for D, mask, (L, S) in itertools.product((64, 128), MASKS, lengths):
         yield Case(L, S, D, mask)

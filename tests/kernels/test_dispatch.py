@@ -23,8 +23,9 @@ def test_the_first_that_can_is_taken():
 def test_what_is_passed_over_is_logged_once(caplog):
     with caplog.at_level("INFO", logger="kernels.dispatch"):
         for _ in range(2):
-            choose("an op", TABLE, PREFERENCE, 4, None)
-        choose("an op", TABLE, PREFERENCE, 3, None)
+            choose("an op", TABLE, PREFERENCE, 4, None, told=("fast",))
+        choose("an op", TABLE, PREFERENCE, 3, None, told=("fast",))
+        choose("an op", TABLE, PREFERENCE, 5, None)
     assert caplog.messages == ["an op: slow, not fast: it is too long"]
 
 
