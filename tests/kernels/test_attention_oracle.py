@@ -6,14 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_cases import IN_16_BITS
+from attention_cases import TESTED_APART
 
 from kernels import attention
 from kernels.attention import biases, explain, masks
 from kernels.attention.api import IMPLEMENTATIONS
 
 TOLERANCE = 1e-4  # the oracle folder's own, for another float32 implementation
-NAMES = sorted(set(IMPLEMENTATIONS) - IN_16_BITS)
+NAMES = sorted(set(IMPLEMENTATIONS) - TESTED_APART)
 attend = jax.jit(attention.attend, static_argnames=("mask", "return_lse", "implementation"))
 
 
