@@ -124,6 +124,9 @@ def trend(
         else:
             axes.yaxis.set_major_locator(MaxNLocator(5))
             axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g} %" if unit == "%" else f"{y:g}"))
+        if unit == "%":  # a band may end beyond 100, the axis does not
+            low, high = axes.get_ylim()
+            axes.set_ylim(max(low, -2), min(high, 104))
         axes.set_xlabel(xlabel, labelpad=1)
 
     return _panel(draw)
@@ -148,7 +151,7 @@ def bubbles(found: Sequence[Bubble], xlabel: str, *, unit: str) -> str:
         for bubble in found:
             size = 420 * (bubble.area or 0.0) / largest
             axes.scatter(bubble.x, bubble.y, s=size, color=bubble.style.hex, alpha=0.45, linewidth=0)
-            axes.scatter(bubble.x, bubble.y, s=4, color=bubble.style.hex, linewidth=0)
+            axes.scatter(bubble.x, bubble.y, s=9, color=bubble.style.hex, linewidth=0)
         axes.set_xscale("log")
         axes.margins(0.22)
         axes.xaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))

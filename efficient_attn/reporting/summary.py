@@ -122,7 +122,7 @@ class Figure:
             notes.append(f"{len(self.scores)} of {self.expected} seeds: {'; '.join(lost) or 'the others diverged'}")
         if self.chosen and len(self.candidates) > 1:
             unfinished = sum(len(c.scores) < c.expected for c in self.candidates)
-            missing = f", {unfinished} of them not whole" if unfinished else ""
+            missing = f", {unfinished} of them not finished" if unfinished else ""
             notes.append(f"{self.chosen.choice}: best on validation of {len(self.candidates)}{missing}")
         return notes
 

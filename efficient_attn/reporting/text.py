@@ -61,10 +61,13 @@ def sources(section: Section) -> list[str]:
 
 
 def notes(section: Section) -> list[str]:
-    """Of ours, a note for each figure; of published ones each once for its row."""
-    ours = [f"{figure.row}, {figure.column}: {note}" for figure in section for note in figure.notes]
+    """What figures must be read with, each note once with all the figures it is of; those of published figures by row."""
+    of_ours = [(note, f"{figure.row} {figure.column}") for figure in section for note in figure.notes]
     printed = [(figure.row, cell.note) for figure in section if (cell := figure.published or figure.beside) and cell.note]
-    return ours + [f"{row}, published: {note}" for row, note in dict.fromkeys(printed)]
+    found: dict[str, dict[str, None]] = {}
+    for note, of in of_ours + [(f"{note} (published)", row) for row, note in printed]:
+        found.setdefault(note, {})[of] = None
+    return [f"{', '.join(of)}: {note}" for note, of in found.items()]
 
 
 def paste(cell: Cell, root: pathlib.Path) -> str:

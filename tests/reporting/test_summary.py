@@ -121,7 +121,7 @@ def test_validation_and_not_test_chooses_among_candidates(tmp_path):
 
 def test_a_grid_that_is_not_whole_is_said(tmp_path):
     figure = first(rates(tmp_path, (0.5, None, 0.6)), tmp_path)
-    assert figure.chosen.choice == "lr=0.1" and figure.notes == ["lr=0.1: best on validation of 3, 1 of them not whole"]
+    assert figure.chosen.choice == "lr=0.1" and figure.notes == ["lr=0.1: best on validation of 3, 1 of them not finished"]
 
 
 def test_other_lengths_of_the_same_runs_are_columns(tmp_path):
