@@ -167,6 +167,8 @@ class Campaign:
         partial = runs.partial_files(workdir)
         assert not partial, f"partial files under their final names: {partial}"
         said = IGNORED.sub("", program.err)
+        if status == 130 and not program.out:
+            said = ""  # before the script has begun, Python answers Ctrl-C in its own way
         for word in ("Traceback", "Skipping checkpoint", "bit-identical", "is not JSON"):
             assert word not in said, f"{word!r} in what the run said: {program.err[-3000:]}"
         if status == 0 and newest is not None:

@@ -130,6 +130,9 @@ def _status_of(body: Callable[[], None]) -> int:
         status = 0
     except SystemExit as exit:
         status = exit.code if isinstance(exit.code, int) else int(exit.code is not None)
+    except KeyboardInterrupt:
+        traceback.print_exc()
+        status = 130
     except BaseException:
         traceback.print_exc()
         status = 1
