@@ -62,6 +62,7 @@ BOUNDS: Mapping[str, tuple[float, float, bool]] = {
     **dict.fromkeys(("look_back", "look_ahead", "memory", "memory_height", "memory_width"), (0, _INFINITY, True)),
     **dict.fromkeys(("global_tokens", "num_random", "radius", "clip", "copies"), (0, _INFINITY, True)),
     **dict.fromkeys(("feed_forward_width", "eval_batch_size", "max_eval_batches", "patience", "prefetch"), (0, _INFINITY, True)),
+    **dict.fromkeys(("loss_chunk", "spike_factor", "max_divergences"), (0, _INFINITY, True)),
     **dict.fromkeys(("weight_decay", "clip_norm", "early_stop", "lr_mult", "commitment", "span_loss"), (0, _INFINITY, True)),
     **dict.fromkeys(("dropout", "embed_dropout", "label_smoothing", "ema", "b1", "b2", "norm_momentum", "decay"), (0, 1, True)),
     **dict.fromkeys(("learning_rate", "eps", "dt_min", "dt_max", "embed_stddev", "stddev"), (0, _INFINITY, False)),

@@ -26,6 +26,7 @@ Config = Mapping[str, Any] | ml_collections.ConfigDict
 MAY_CHANGE = (
     "train.duration", "train.eval_every", "train.checkpoint_every", "train.log_every", "train.eval_batch_size",
     "train.max_eval_batches", "train.early_stop", "train.patience", "train.tensorboard", "train.wandb", "train.prefetch",
+    "train.on_divergence", "train.spike_factor", "train.max_divergences",
     "task.data_dir", "sharding",
 )  # fmt: skip
 """Fields, and whole sections, that a resumed run may set otherwise than the run it continues."""
@@ -50,6 +51,10 @@ class TrainConfig:
     checkpoint_every: between checkpoints, besides those at evaluations.
     log_every: steps between lines of metrics.jsonl.
     label_smoothing: mass spread evenly over all classes (Szegedy et al. 2016).
+    loss_chunk: positions whose logits exist at a time (language models with large vocabularies); 0 for all at once.
+    on_divergence: what to do at a step that is not finite, or too far from those before it: one of `divergence.POLICIES`.
+    spike_factor: how many times the running median of gradient norms is too far; 0 is off.
+    max_divergences: skipped steps, or rollbacks, after which the run stops all the same.
     early_stop: stop when the task's metric reaches this (accuracy >=, loss <=); 0 is off.
     patience: stop after this many evaluations without improvement; 0 is off.
     tensorboard, wandb: also write metrics there.
@@ -66,6 +71,10 @@ class TrainConfig:
     checkpoint_every: str = "1000 steps"
     log_every: int = 50
     label_smoothing: float = 0.0
+    loss_chunk: int = 0
+    on_divergence: str = "stop"
+    spike_factor: float = 0.0
+    max_divergences: int = 10
     early_stop: float = 0.0
     patience: int = 0
     tensorboard: bool = True

@@ -74,7 +74,8 @@ def score_best(plan: Plan, folder: pathlib.Path) -> dict[str, Any]:
     step, state = restore_best(checkpoints, plan, folder)
     plan.task.prepare()
     step_fn = jax.jit(
-        replicas.evaluate(functools.partial(eval_step, plan.model), plan.train.replicas), out_shardings=placement.whole
+        replicas.evaluate(functools.partial(eval_step, plan.model, loss_chunk=plan.train.loss_chunk), plan.train.replicas),
+        out_shardings=placement.whole,
     )
     with jax.set_mesh(placement.mesh):
         window = evaluate(step_fn, state.evaluated(), plan.task.source("test"), plan, placement)

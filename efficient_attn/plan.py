@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from efficient_attn import models, optim, replicas, sharding, tasks
+from efficient_attn import divergence, models, optim, replicas, sharding, tasks
 from efficient_attn.arguments import ConfigError, lookup
 from efficient_attn.config import Config, TrainConfig, normal_form, section
 from efficient_attn.durations import in_steps
@@ -102,6 +102,11 @@ def make_plan(config: Config) -> Plan:
     sharding.check_length(task.length, mesh)
     if train.replicas > 1 and max(size for axis, size in mesh.items() if axis != "data") > 1:
         raise ConfigError(f"train.replicas={train.replicas} go with the data axis alone; set the other axes of sharding to 1")
+    divergence.check(train.on_divergence, train.spike_factor, train.replicas)
+    if train.loss_chunk and task.head != "lm":
+        raise ConfigError(
+            f"train.loss_chunk divides the positions of language models; task.name={config['task']['name']!r} is none"
+        )
     if train.wandb and importlib.util.find_spec("wandb") is None:
         raise ConfigError("train.wandb=True needs the wandb package: pip install wandb")
     model = models.build(config["model"], task)

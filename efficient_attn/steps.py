@@ -8,13 +8,13 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool
 
+from efficient_attn.losses import Sums, chunked_cross_entropy, cross_entropy
 from efficient_attn.mixers.context import Context
 
 PyTree = Any
 Batch = Mapping[str, Any]
-Sums = dict[str, tuple[Any, Any]]
 
 TRANSIENT = ("losses", "intermediates", "cache")
 """Collections that a step may write and the state does not keep."""
@@ -72,17 +72,11 @@ def context(batch: Batch, *, train: bool) -> Context:
     return Context(mask=batch["mask"], segment_ids=batch.get("segment_ids"), train=train)
 
 
-def cross_entropy(
-    logits: Float[Array, "*B C"], targets: Int[Array, "*B"], weights: Float[Array, "*B"], label_smoothing: float = 0.0
-) -> Sums:
-    """Weighted sums of the negative log-likelihood in nats and of correct answers, each with the sum of weights."""
-    log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
-    nll = -jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0]
-    if label_smoothing:
-        nll = (1.0 - label_smoothing) * nll - label_smoothing * jnp.mean(log_p, axis=-1)
-    correct = jnp.argmax(logits, axis=-1) == targets
-    count = jnp.sum(weights)
-    return {"loss": (jnp.sum(nll * weights), count), "accuracy": (jnp.sum(correct * weights), count)}
+def loss_sums(output: Any, targets: Any, weights: Any, label_smoothing: float = 0.0, loss_chunk: int = 0) -> Sums:
+    """Cross-entropy and accuracy of a model's logits, or with `loss_chunk` of its hidden states, so many positions at a time."""
+    if loss_chunk:
+        return chunked_cross_entropy(output, targets, weights, label_smoothing, chunk=loss_chunk)
+    return cross_entropy(output, targets, weights, label_smoothing)
 
 
 def train_step(
@@ -90,29 +84,36 @@ def train_step(
     tx: optax.GradientTransformation,
     state: TrainState,
     batch: Batch,
+    limit: Any = None,
     *,
     label_smoothing: float = 0.0,
     accumulate: int = 1,
     ema: float = 0.0,
+    loss_chunk: int = 0,
 ) -> tuple[TrainState, Sums]:
     """One optimiser step on the mean loss over the weights of the whole batch.
 
     With `accumulate` > 1 the batch is run as that many micro-batches (rows i, i + n, ...) one after the other, and their
     gradients are added up: the same step, up to rounding, in less memory. Auxiliary losses that the model sows into
-    `losses` are added to the loss, averaged over micro-batches.
+    `losses` are added to the loss, averaged over micro-batches. `loss_chunk` > 0 computes the logits of so many positions at a
+    time (`chunked_cross_entropy`; language models).
+
+    limit: None, or a scalar. A step whose gradient norm is not below it, or of which anything is not finite, then leaves all
+        of the state but `step` as it was: its sums are zero, and `skipped` counts it.
     """
     key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
     total = jnp.maximum(jnp.sum(batch["weights"]), 1e-8)
 
     def loss(params, variables, micro, key):
-        logits, updated = model.apply(
+        output, updated = model.apply(
             {"params": params, **variables},
             micro["inputs"],
             context(micro, train=True),
+            **_unprojected(loss_chunk),
             rngs={"dropout": key},
             mutable=[*variables, "losses"],
         )
-        sums = cross_entropy(logits, micro["targets"], micro["weights"], label_smoothing)
+        sums = loss_sums(output, micro["targets"], micro["weights"], label_smoothing, loss_chunk)
         objective = sums["loss"][0] / total
         sown = jax.tree.leaves(updated.pop("losses", {}))
         if sown:
@@ -126,7 +127,21 @@ def train_step(
     params = optax.apply_updates(state.params, updates)
     average = state.ema if state.ema is None else optax.incremental_update(params, state.ema, 1.0 - ema)
     sums["grad_norm"] = (optax.tree.norm(gradients), jnp.float32(1.0))
-    return TrainState(state.step + 1, params, opt_state, variables, average, state.rng), sums
+    new = TrainState(state.step + 1, params, opt_state, variables, average, state.rng)
+    return (new, sums) if limit is None else _unless_diverged(state, new, sums, limit)
+
+
+def _unprojected(loss_chunk: int) -> dict[str, bool]:
+    """What tells a model to leave its output layer to the loss."""
+    return {"project": False} if loss_chunk else {}
+
+
+def _unless_diverged(old: TrainState, new: TrainState, sums: Sums, limit: Any) -> tuple[TrainState, Sums]:
+    """`new` and `sums` where the gradient norm is below `limit` and all is finite; else `old`, one step on, and zeros."""
+    taken = (sums["grad_norm"][0] < limit) & all_finite((new, sums))
+    state = jax.tree.map(lambda new, old: jnp.where(taken, new, old), new, old).replace(step=new.step)
+    sums = jax.tree.map(lambda x: jnp.where(taken, x, jnp.zeros_like(x)), sums)
+    return state, {**sums, "skipped": (1.0 - taken.astype(jnp.float32), jnp.float32(1.0))}
 
 
 def _gradients(loss, state: TrainState, batch: Batch, key, accumulate: int):
@@ -164,13 +179,14 @@ def _split_memory(variables: PyTree) -> tuple[PyTree, PyTree]:
     return {name: value for name, value in variables.items() if name != MEMORY}, memory
 
 
-def eval_step(model: nn.Module, variables: PyTree, batch: Batch) -> tuple[Sums, PyTree]:
+def eval_step(model: nn.Module, variables: PyTree, batch: Batch, *, loss_chunk: int = 0) -> tuple[Sums, PyTree]:
     """Sums of loss and accuracy on one batch, nothing dropped out, running batch statistics; and the streams' memory after it.
 
     The memory ({} where the model has none) joins the `variables` of the next batch, whose rows continue this one's.
     """
-    logits, memory = model.apply(variables, batch["inputs"], context(batch, train=False), mutable=[MEMORY])
-    return cross_entropy(logits, batch["targets"], batch["weights"]), dict(memory)
+    ctx = context(batch, train=False)
+    output, memory = model.apply(variables, batch["inputs"], ctx, **_unprojected(loss_chunk), mutable=[MEMORY])
+    return loss_sums(output, batch["targets"], batch["weights"], loss_chunk=loss_chunk), dict(memory)
 
 
 def all_finite(tree: PyTree) -> Bool[Array, ""]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from absl import logging
 
 from efficient_attn import distributed, optim, preemption, replicas, workdir
@@ -17,7 +18,8 @@ from efficient_attn.arguments import ConfigError
 from efficient_attn.checkpoints import CheckpointError, Checkpoints
 from efficient_attn.config import Config, TrainConfig, differences, may_change
 from efficient_attn.display import Display, open_displays
-from efficient_attn.metrics import Window, first_non_finite
+from efficient_attn.divergence import Guard, TrainingDiverged
+from efficient_attn.metrics import Window
 from efficient_attn.plan import Plan, describe, make_plan
 from efficient_attn.preemption import Preempted
 from efficient_attn.sharding import Placement
@@ -27,10 +29,6 @@ from efficient_attn.tasks.pipeline import eval_batches, train_batches
 from efficient_attn.timing import Clock, Profiler
 
 PyTree = Any
-
-
-class TrainingDiverged(Exception):
-    """A loss, gradient or parameter is infinite or not a number."""
 
 
 @dataclasses.dataclass
@@ -46,13 +44,15 @@ class Progress:
     reached: float | None = None
     evaluations_since_best: int = 0
     finished: str = ""
+    guard: Guard = dataclasses.field(default_factory=Guard)
 
     def to_json(self) -> dict[str, Any]:
-        return {**{f.name: getattr(self, f.name) for f in dataclasses.fields(self)}, "window": self.window.to_json()}
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {**fields, "window": self.window.to_json(), "guard": self.guard.to_json()}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Progress":
-        return cls(**{**values, "window": Window(values["window"])})
+        return cls(**{**values, "window": Window(values["window"]), "guard": Guard(**values.get("guard", {}))})
 
     def note_evaluation(self, step: int, values: Sequence[float], mode: str) -> None:
         """values: the validation metric of each replica."""
@@ -87,7 +87,7 @@ def train_and_evaluate(config: Config, folder: pathlib.Path, *, profile_steps: i
     Raises:
       ConfigError: the configuration is wrong, or `folder` holds a run of another one.
       TaskError: the data are missing.
-      TrainingDiverged: a loss or a gradient is not finite; the last checkpoints are intact.
+      TrainingDiverged: a loss or a gradient is not finite, and the policy is to stop; the last checkpoints are intact.
       Preempted: on SIGTERM or Ctrl-C, after saving what there is to save.
     """
     with contextlib.ExitStack() as stack:
@@ -118,7 +118,7 @@ def train_and_evaluate(config: Config, folder: pathlib.Path, *, profile_steps: i
         profiler = Profiler(folder / "profile", profile_steps, start, plan.total)
         stack.callback(profiler.close)
         with jax.set_mesh(placement.mesh):
-            return loop.run(state, profiler), progress
+            return loop.run(state, profiler), loop.progress
 
 
 @contextlib.contextmanager
@@ -212,10 +212,11 @@ class Loop:
     def __init__(self, plan: Plan, placement: Placement, checkpoints, metrics, displays: list[Display], progress: Progress, stop):
         self.plan, self.placement, self.checkpoints, self.metrics = plan, placement, checkpoints, metrics
         self.displays, self.progress, self.stop = displays, progress, stop
-        options = {"label_smoothing": plan.train.label_smoothing, "accumulate": plan.train.accumulate, "ema": plan.optimizer.ema}
+        train, chunk = plan.train, {"loss_chunk": plan.train.loss_chunk}
+        options = dict(label_smoothing=train.label_smoothing, accumulate=train.accumulate, ema=plan.optimizer.ema, **chunk)
         step = replicas.train(functools.partial(train_step, plan.model, plan.tx, **options), plan.train.replicas)
         self.train_step = jax.jit(step, donate_argnums=0, out_shardings=(placement.state, placement.whole))
-        score = replicas.evaluate(functools.partial(eval_step, plan.model), plan.train.replicas)
+        score = replicas.evaluate(functools.partial(eval_step, plan.model, **chunk), plan.train.replicas)
         self.eval_step = jax.jit(score, out_shardings=placement.whole)
         self.all_finite = jax.jit(all_finite, out_shardings=placement.whole)
         self.learning_rate = optim.learning_rate(plan.optimizer, plan.warmup, plan.total)
@@ -224,15 +225,45 @@ class Loop:
         self.clock = Clock(plan.tokens_per_batch)
 
     def run(self, state: TrainState, profiler: Profiler) -> TrainState:
-        """Steps until the run's end, a stop request, or the early-stop criterion."""
+        """Steps until the run's end, a stop request, or the early-stop criterion; over again where a rollback says so."""
+        while True:
+            try:
+                return self.run_from(state, profiler)
+            except TrainingDiverged as error:
+                state = self.roll_back(error)
+
+    def run_from(self, state: TrainState, profiler: Profiler) -> TrainState:
         step = int(state.step)
         batches = train_batches(
-            self.plan.task.source("train"), batch_size=self.plan.train.batch_size, seed=self.plan.data_seed, start_step=step,
-            prefetch=self.plan.train.prefetch, **self.placement.rows(),
+            self.plan.task.source("train"), batch_size=self.plan.train.batch_size, seed=self.plan.data_seed,
+            start_step=step + self.progress.guard.batch_offset, prefetch=self.plan.train.prefetch, **self.placement.rows(),
         )  # fmt: skip
         with contextlib.closing(batches):
             self.clock.start()
             return self.steps(state, batches, self.plan.total - step, profiler)
+
+    def limit(self, step: int) -> tuple[np.float32, ...]:
+        """What the gradient norm of `step` must stay below for it to be taken, where steps may be skipped."""
+        train = self.plan.train
+        return (np.float32(self.progress.guard.limit(step, train.spike_factor)),) if train.on_divergence == "skip" else ()
+
+    def roll_back(self, error: TrainingDiverged) -> TrainState:
+        """The state of the last whole checkpoint, with another key; the batches since are left out. Or raises `error`."""
+        train, guard = self.plan.train, self.progress.guard
+        if train.on_divergence != "rollback":
+            raise error
+        if guard.rollbacks >= train.max_divergences:
+            raise TrainingDiverged(f"after {guard.rollbacks} rollbacks (train.max_divergences): {error}", error.step) from error
+        self.pending = None
+        self.checkpoints.wait()
+        state, self.progress = restore_or_init(self.plan, self.checkpoints, self.placement)
+        start = int(state.step)
+        self.progress.guard = guard.rolled_back(self.progress.guard, start, error.step)
+        if self.metrics is not None:
+            self.metrics.truncate(start)
+        logging.warning("rollback %d to step %d, with other batches: %s", self.progress.guard.rollbacks, start, error)
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), self.progress.guard.rollbacks)
+        return state.replace(rng=jax.random.key_data(key))
 
     def steps(self, state: TrainState, batches: Iterator, count: int, profiler: Profiler) -> TrainState:
         """At most `count` steps from `state` on, with all that is due between them."""
@@ -243,7 +274,7 @@ class Loop:
             profiler.at(step - 1)
             with self.clock.waiting():
                 batch = next(batches)
-            state, sums = self.train_step(state, self.placement.put(batch))
+            state, sums = self.train_step(state, self.placement.put(batch), *self.limit(step))
             self.clock.dispatched += 1
             self.collect()
             self.pending = (step, sums)
@@ -275,17 +306,19 @@ class Loop:
             return
         step, sums = self.pending[0], jax.device_get(self.pending[1])
         self.pending = None
-        self.progress.window.add(sums)
-        if (bad := first_non_finite(sums)) is not None:
+        if wrong := self.progress.guard.note(step, sums, self.plan.train.spike_factor, self.plan.train.max_divergences):
             raise TrainingDiverged(
-                f"{bad} is not finite at step {step}; nothing of it was saved. "
-                "Lower optimizer.learning_rate, clip gradients (optimizer.clip_norm) or lengthen optimizer.warmup."
+                f"{wrong}; nothing of it was saved. Lower optimizer.learning_rate, clip gradients (optimizer.clip_norm), "
+                "lengthen optimizer.warmup, or set train.on_divergence to 'skip' or 'rollback'.",
+                step,
             )
+        self.progress.window.add({name: value for name, value in sums.items() if name != "skipped"})
         line = {}
         if step % self.plan.train.log_every == 0 or step == self.plan.total:
             line = {
-                **self.progress.window.means("train"), "learning_rate": float(self.learning_rate(step - 1)),
-                **self.clock.lap(),
+                **self.progress.window.means("train"),
+                "learning_rate": float(self.learning_rate(step - 1 - self.progress.guard.skipped)),
+                **self.progress.guard.counts(), **self.clock.lap(),
             }  # fmt: skip
             self.progress.window = Window()
         if state is None:
@@ -316,5 +349,5 @@ class Loop:
     def save(self, step: int, state: TrainState, metrics: Mapping[str, float] | None) -> None:
         with self.clock.paused():
             if not self.all_finite(state):
-                raise TrainingDiverged(f"the state after step {step} is not finite; nothing of it was saved")
+                raise TrainingDiverged(f"the state after step {step} is not finite; nothing of it was saved", step)
             self.checkpoints.save(step, state, self.progress.to_json(), metrics)

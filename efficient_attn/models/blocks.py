@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.typing import Dtype
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
 from efficient_attn import mixers
@@ -95,12 +96,12 @@ class Block(nn.Module):
     def _residual(self, norm: Norm, layer: Callable, x, ctx: Context):
         if self.prenorm:
             return x + self._branch(norm, layer, x, ctx)
-        x = x + nn.Dropout(self.dropout)(layer(x, ctx), deterministic=not ctx.train)
+        x = x + nn.Dropout(self.dropout)(checkpoint_name(layer(x, ctx), "branch"), deterministic=not ctx.train)
         return norm(x, ctx)
 
     def _branch(self, norm: Norm, layer: Callable, x, ctx: Context):
         """What a layer with its norm before it adds to x."""
-        y = layer(norm(x, ctx), ctx)
+        y = checkpoint_name(layer(norm(x, ctx), ctx), "branch")
         return nn.Dropout(self.dropout)(y, deterministic=not ctx.train)
 
     def _norm(self, name: str) -> Norm:
@@ -144,6 +145,9 @@ POOLINGS: Mapping[str, Callable] = {"mean": masked_mean, "cls": first, "last": l
 REMAT_POLICIES: Mapping[str, Callable | None] = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
+    "branches": jax.checkpoint_policies.save_only_these_names("branch"),
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "all_dots": jax.checkpoint_policies.dots_saveable,
 }
-"""What the backward pass keeps of a block: everything, nothing but its input, or its weight products."""
+"""What the backward pass keeps of a block: everything; nothing but its input; what its mixer and its network add; its weight
+products; all its products, those of queries and keys too. The rest is computed again."""

@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from efficient_attn.losses import Unprojected
 from efficient_attn.mixers import MIXERS
 from efficient_attn.mixers.context import Context
 from efficient_attn.models.trunk import Trunk, mixers_by_depth
@@ -13,6 +14,8 @@ class LanguageModel(Trunk):
     """Scores of the next token at every position (causal mixers only, which `build` checks).
 
     tied: the output layer is the transpose of the token vectors (Press & Wolf 2017).
+
+    With `project=False` the output layer is left to the caller, who need not hold the logits of all positions at once.
 
     With `ctx.decode` the `cache` collection carries what came before: initialise it with a full-length input, then apply one
     token or one chunk at a time with `mutable=["cache"]`.
@@ -27,16 +30,25 @@ class LanguageModel(Trunk):
         return any(getattr(MIXERS[mixer["name"]].constructor, "has_memory", False) for mixer in mixers)
 
     @nn.compact
-    def __call__(self, inputs: Int[Array, "B L"], ctx: Context) -> Float[Array, "B L V"]:
+    def __call__(self, inputs: Int[Array, "B L"], ctx: Context, *, project: bool = True) -> Float[Array, "B L V"] | Unprojected:
         if ctx.decode and ctx.positions is None:
             ctx = ctx.replace(positions=self._advance(inputs))
         embed = self.input_layer()
         x = embed(inputs)
         ctx = self.sample_positions(x, ctx)
         hidden = self.blocks(self.add_positions(x, ctx), ctx)
-        if self.tied:
-            return embed.attend(hidden).astype(jnp.float32)
-        return nn.Dense(self.num_outputs, use_bias=self.use_bias, dtype=jnp.float32, name="head")(hidden)
+        layer, method = embed, "attend"
+        if not self.tied:
+            layer = nn.Dense(self.num_outputs, use_bias=self.use_bias, dtype=jnp.float32, name="head")
+            method = "__call__"
+        if project:
+            return getattr(layer, method)(hidden).astype(jnp.float32)
+        module, variables = layer.unbind()
+
+        def logits(params, hidden):
+            return module.apply({"params": params}, hidden, method=method).astype(jnp.float32)
+
+        return Unprojected(hidden, variables["params"], logits)
 
     def _advance(self, inputs: Int[Array, "B L"]) -> Int[Array, "B L"]:
         """Positions of this chunk; the cache remembers where the next one starts."""
