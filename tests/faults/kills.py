@@ -25,7 +25,7 @@ SIGNALS = {signal.SIGKILL: 3, signal.SIGTERM: 1, signal.SIGINT: 1}  # and their 
 MOMENTS = {"any time": 4, "in a save": 4, "in data generation": 2}
 ENDINGS = {signal.SIGKILL: (-9,), signal.SIGTERM: (75, -15), signal.SIGINT: (75, 130)}
 """Exit statuses by signal; the second ones before the run listens: it has then touched nothing."""
-IGNORED = re.compile(r"Exception ignored in: .*\n(?:(?:Traceback| ).*\n|\s*\n)*KeyboardInterrupt: *\n")
+IGNORED = re.compile(r"Exception ignored in.*\n(?:(?:Traceback| ).*\n|\s*\n)*KeyboardInterrupt.*\n")
 """What Python says of a Ctrl-C that it drops; the run must stop all the same."""
 LATE = 10  # steps from the end, within which a run may finish before it sees a signal
 LEAVE_SECONDS = 20  # in which the workers of a killed run must have ended

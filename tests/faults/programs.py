@@ -136,8 +136,11 @@ def _status_of(body: Callable[[], None]) -> int:
     except BaseException:
         traceback.print_exc()
         status = 1
-    threading._shutdown()
-    atexit._run_exitfuncs()
+    try:
+        threading._shutdown()
+        atexit._run_exitfuncs()
+    except KeyboardInterrupt as error:  # Python reports it and ends with the status it had
+        print(f"Exception ignored in: exit\nTraceback (most recent call last):\n{error!r}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     return status
