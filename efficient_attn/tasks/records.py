@@ -125,9 +125,29 @@ def open_split(directory: pathlib.Path, split: str) -> Source:
     builder = tfds.builder_from_directory(directory)
     if split not in builder.info.splits:
         raise TaskError(f"{directory} has no split {split!r}; it has {sorted(builder.info.splits)}.")
-    return MapSource(
-        builder.as_data_source(split), _AsArrays({k: np.dtype(f.np_dtype) for k, f in builder.info.features.items()})
-    )
+    dtypes = {k: np.dtype(f.np_dtype) for k, f in builder.info.features.items()}
+    return MapSource(_Records(builder.as_data_source(split), f"{directory}, split {split}"), _AsArrays(dtypes))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Records:
+    """Records as TFDS decodes them; one that is damaged is a `TaskError` that says where it was found."""
+
+    base: Source
+    where: str
+
+    def __len__(self) -> int:
+        return len(self.base)
+
+    def __getitem__(self, index: int) -> Example:
+        try:
+            return self.base[index]
+        except Exception as error:  # array_record, protobuf and TFDS each raise their own
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise TaskError(
+                f"cannot read record {index} of {self.where}: {reason}. Its files are damaged: remove them, and the same command "
+                "makes or asks for them again."
+            ) from error
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Break a short run in every way, and see that nothing is lost.
 
 python -m tests.faults --kills=200 --seed=0 --out=results/cpu/faults/kills.json      random kills, each one continued
+    python -m tests.faults --table=docs/faults.md                                        every other fault once, as a table
 """
 
 import argparse
@@ -15,20 +16,31 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=0, help="how many random kills")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--out", type=pathlib.Path, help="write what happened to this JSON file")
+    parser.add_argument("--table", type=pathlib.Path, help="do every other fault once, and write the table to this Markdown file")
+    parser.add_argument("--only", nargs="+", help="these faults of the table")
     args = parser.parse_args()
     folder = pathlib.Path(tempfile.mkdtemp(prefix="faults-")).resolve()
     prepare(folder)
 
     from efficient_attn import workdir
-    from tests.faults import kills
+    from tests.faults import faults, kills
 
     (folder / "runs").mkdir()
-    summary = kills.report(folder / "runs", args.kills, args.seed)
-    left = sorted(path.name for path in (folder / "tmp").iterdir())
-    assert not left, f"temporary files are left: {left}"
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        workdir.write_json(args.out, summary)
+    if args.kills:
+        summary = kills.report(folder / "runs", args.kills, args.seed)
+        left = sorted(path.name for path in (folder / "tmp").iterdir())
+        assert not left, f"temporary files are left: {left}"
+        if args.out:
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            workdir.write_json(args.out, summary)
+    if args.table or args.only:
+        (folder / "table").mkdir()
+        folder.chmod(0o755)  # for the fault that is an ordinary user's
+        rows = faults.table(folder / "table", args.only or list(faults.FAULTS))
+        print(faults.markdown(rows))
+        if args.table:
+            args.table.parent.mkdir(parents=True, exist_ok=True)
+            args.table.write_text(faults.markdown(rows))
     shutil.rmtree(folder)
 
 

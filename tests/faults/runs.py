@@ -3,6 +3,10 @@
 import hashlib
 import json
 import pathlib
+import re
+
+import jax
+import numpy as np
 
 from efficient_attn.tasks.listops import FEATURES
 from tests.faults import programs
@@ -66,9 +70,13 @@ def partial_files(workdir: pathlib.Path) -> list[str]:
 
 
 def listing(workdir: pathlib.Path) -> list[str]:
-    """Every path under `workdir`, but for those inside a checkpoint: into how many files Orbax divides it varies."""
+    """Every path under `workdir`, but for those inside a checkpoint: into how many files Orbax divides it varies.
+
+    Checkpoints are stars: a signal that saves off the schedule changes which step is the one before the newest.
+    """
     paths = [path.relative_to(workdir) for path in workdir.rglob("*")]
-    return sorted(path.as_posix() for path in paths if not (path.parts[0] == "checkpoints" and len(path.parts) > 2))
+    outside = [path.as_posix() for path in paths if not (path.parts[0] == "checkpoints" and len(path.parts) > 2)]
+    return sorted(re.sub(r"^checkpoints/\d+$", "checkpoints/*", path) for path in outside)
 
 
 def records(data_dir: pathlib.Path, files: pathlib.Path) -> dict[str, list]:
@@ -95,9 +103,6 @@ def digests(workdir: pathlib.Path, files: pathlib.Path) -> dict[str, str]:
 
 
 def _digests(workdir: pathlib.Path) -> dict[str, str]:
-    import jax
-    import numpy as np
-
     from efficient_attn.evaluation import open_checkpoints
     from efficient_attn.plan import make_plan
 
@@ -105,5 +110,9 @@ def _digests(workdir: pathlib.Path) -> dict[str, str]:
     checkpoints = open_checkpoints(plan, workdir)
     _, state, _ = checkpoints.restore_latest(plan.state)
     checkpoints.close()
+    return digests_of(state)
+
+
+def digests_of(state) -> dict[str, str]:
     leaves = jax.tree_util.tree_leaves_with_path(state)
     return {jax.tree_util.keystr(path): hashlib.sha256(np.asarray(leaf).tobytes()).hexdigest() for path, leaf in leaves}
