@@ -23,13 +23,13 @@ import sys
 import time
 import traceback
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 
-from efficient_attn.tasks.base import Example, MapSource, Source, TaskError
+from efficient_attn.tasks.base import Example, Source, TaskError
 
 Generate = Callable[[str, int], Iterable[dict]]
 REPORT_SECONDS = 5.0
@@ -126,14 +126,18 @@ def open_split(directory: pathlib.Path, split: str) -> Source:
     if split not in builder.info.splits:
         raise TaskError(f"{directory} has no split {split!r}; it has {sorted(builder.info.splits)}.")
     dtypes = {k: np.dtype(f.np_dtype) for k, f in builder.info.features.items()}
-    return MapSource(_Records(builder.as_data_source(split), f"{directory}, split {split}"), _AsArrays(dtypes))
+    return _Records(builder.as_data_source(split), dtypes, f"{directory}, split {split}")
 
 
 @dataclasses.dataclass(frozen=True)
 class _Records:
-    """Records as TFDS decodes them; one that is damaged is a `TaskError` that says where it was found."""
+    """A TFDS source whose examples are arrays of the declared dtypes (TFDS decodes scalars to Python numbers).
 
-    base: Source
+    A record that cannot be read is a `TaskError` that says where.
+    """
+
+    base: Sequence
+    dtypes: Mapping[str, np.dtype]
     where: str
 
     def __len__(self) -> int:
@@ -141,22 +145,13 @@ class _Records:
 
     def __getitem__(self, index: int) -> Example:
         try:
-            return self.base[index]
+            example = self.base[index]
         except Exception as error:  # array_record, protobuf and TFDS each raise their own
             reason = " ".join(str(error).split()) or type(error).__name__
             raise TaskError(
                 f"cannot read record {index} of {self.where}: {reason}. Its files are damaged: remove them, and the same command "
                 "makes or asks for them again."
             ) from error
-
-
-@dataclasses.dataclass(frozen=True)
-class _AsArrays:
-    """TFDS decodes scalars to Python numbers; this gives every feature its declared dtype."""
-
-    dtypes: Mapping[str, np.dtype]
-
-    def __call__(self, example: Mapping) -> Example:
         return {key: np.asarray(example[key], dtype) for key, dtype in self.dtypes.items()}
 
 

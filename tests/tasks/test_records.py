@@ -6,6 +6,7 @@ import os
 import pathlib
 import pickle
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -267,3 +268,14 @@ def test_two_programs_at_once(tmp_path):
     assert sorted((tmp_path / "log").read_text().split()) == ["train0", "train1", "train2", "valid0"]
     assert contents(tmp_path / "toy") == EXPECTED
     assert (tmp_path / "imports").read_text().split() == ["__main__"] * 2  # the workers did not import the program
+
+
+def test_a_damaged_record_is_one_clear_error(prepared, tmp_path):
+    copy = tmp_path / prepared.name
+    shutil.copytree(prepared, copy)
+    for path in copy.glob("*.array_record-*"):
+        data = path.read_bytes()
+        path.write_bytes(data[: len(data) // 2])
+    source = records.open_split(copy, "train")
+    with pytest.raises(TaskError, match=r"cannot read record 0 of .*, split train: .*Its files are damaged: remove them"):
+        source[0]
