@@ -9,6 +9,7 @@ committed. It goes on where it stopped: calls that are in --out are not run agai
 """
 
 import argparse
+import json
 import sys
 
 import jax
@@ -62,7 +63,8 @@ def main() -> None:
     print(passed)
     if args.commit:
         path = devices.numerics_file(devices.here())
-        record = {name: {"passed": ok, "cases": len(cases)} for name, ok in passed.items()}
+        earlier = json.loads(path.read_text())["attend"] if path.exists() else {}
+        record = earlier | {name: {"passed": ok, "cases": len(cases)} for name, ok in passed.items()}
         harness.write(path, rows=[], **facts, attend=record)
         print(f"wrote {path}")
     sys.exit(0 if all(passed.values()) else 1)
