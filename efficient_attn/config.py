@@ -219,8 +219,7 @@ def section(constructor: Callable, values: Mapping[str, Any], field: str) -> Any
     values = dict(values)
     check_arguments(constructor, values, field)
     for key, argument in arguments_of(constructor).items():
-        if argument.default is not inspect.Parameter.empty and isinstance(values.get(key), str) != isinstance(
-            argument.default, str
-        ):
+        given = key in values and argument.default is not inspect.Parameter.empty  # older runs lack newer arguments
+        if given and isinstance(values[key], str) != isinstance(argument.default, str):
             raise ConfigError(f"{field}.{key}={values[key]!r} should be like its default, {argument.default!r}")
     return constructor(**values)

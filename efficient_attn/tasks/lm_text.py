@@ -169,16 +169,20 @@ class LMText(Task):
             raise TaskError(f"Cannot copy the text of {self._root} to {self.folder}: {error}") from error
 
     def source(self, split: Split) -> Source:
-        path = self.folder / f"{split}.bin"
-        if not self._is_prepared():
-            raise TaskError(f"{path} is missing: call the task's prepare() first (train.py does).")
-        data = np.asarray(np.memmap(path, np.uint8, mode="r"))
+        data = self.tokens(split)
         if split == "train" and self.contiguous:
             return Streams(data, self.context, documents=self.documents)
         if split == "train":
             return Windows(data, self.context, len(data) - self.context, self.sizes["train"], documents=self.documents)
         kind = EvaluationStreams if self.contiguous else Windows
         return kind(data, self.context, self.sizes[split] * self.context, self.sizes[split], documents=self.documents)
+
+    def tokens(self, split: Split) -> np.ndarray:
+        """All bytes of a prepared split, in order."""
+        path = self.folder / f"{split}.bin"
+        if not self._is_prepared():
+            raise TaskError(f"{path} is missing: call the task's prepare() first (train.py does).")
+        return np.asarray(np.memmap(path, np.uint8, mode="r"))
 
     @property
     def _root(self) -> pathlib.Path:
