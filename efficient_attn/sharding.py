@@ -283,8 +283,11 @@ class Placement:
             start, stop, _ = index[0].indices(shape[0])
             return x[(slice(start - first, stop - first), *index[1:])]
 
-        sharding = NamedSharding(self.mesh, batch_spec(x.shape, self.length))
-        return jax.make_array_from_callback(shape, sharding, part)
+        return jax.make_array_from_callback(shape, self.sharding(shape), part)
+
+    def sharding(self, shape: Sequence[int]) -> NamedSharding:
+        """That of an array of a batch."""
+        return NamedSharding(self.mesh, batch_spec(shape, self.length))
 
 
 def _row_group(mesh: Mesh, process: int) -> tuple[int, int]:

@@ -16,11 +16,8 @@ from kernels import mesh
 from kernels.matmul import matmul
 
 ROOT = pathlib.Path(__file__).parents[2]
-CASES = (
-    "causal", "window", "documents", "learned bias, dropout",
-    "linear", "linear, reverse", "selective", "selective, reverse", "ssd",
-)  # fmt: skip
-MORE_CASES = ("full, both directions", "rows and heads alone", "linear, time-invariant")
+CASES = ("causal", "documents", "learned bias, dropout", "linear, reverse", "selective", "ssd")
+MORE_CASES = ("window", "full, both directions", "rows and heads alone", "linear", "linear, time-invariant", "selective, reverse")
 
 
 def on_eight_devices(*cases):
