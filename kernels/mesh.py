@@ -20,6 +20,9 @@ ROWS = ("data", "fsdp", "expert")
 SEQ = "seq"
 MODEL = "model"
 
+FREE = PartitionSpec.UNCONSTRAINED
+"""Instead of an axis in `constrain`: as the partitioner likes."""
+
 Axes = str | tuple[str, ...]
 
 
@@ -44,8 +47,10 @@ def along(size: int, axes: Axes) -> Axes | None:
 
 def constrain(x: Shaped[Array, "..."], *axes: Axes | None) -> Shaped[Array, "..."]:
     """`x` laid out along these axes of the mesh, one for each of its own (None: whole), where they divide it evenly."""
-    spec = PartitionSpec(*(None if a is None else along(n, a) for n, a in zip(x.shape, axes, strict=True)))
-    return x if spec == PartitionSpec(*[None] * x.ndim) else jax.lax.with_sharding_constraint(x, spec)
+    if not _sizes():
+        return x
+    spec = (a if a in (None, FREE) else along(n, a) for n, a in zip(x.shape, axes, strict=True))
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
 
 
 def map_shards(fn: Callable, in_specs: Any, out_specs: Any) -> Callable:
