@@ -28,8 +28,13 @@ def environment() -> jinja2.Environment:
     strict = dict(autoescape=True, undefined=jinja2.StrictUndefined)
     env = jinja2.Environment(loader=loader, trim_blocks=True, lstrip_blocks=True, **strict)
     env.globals |= {"text": text, "style": plots.style, "palette": list(plots.palette()), "State": State}
-    env.filters["pretty"] = functools.partial(json.dumps, indent=1)
+    env.filters |= {"pretty": functools.partial(json.dumps, indent=1), "unbroken": unbroken}
     return env
+
+
+def unbroken(command: str) -> Markup:
+    """A command of which no argument is broken at its hyphens where the line ends."""
+    return Markup(" ").join(Markup("<i>{}</i>").format(argument) for argument in command.split(" "))
 
 
 def render(summary: Summary, costs: Costs, speeds: Mapping[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """The page: what it holds and escapes, and what a browser makes of it. The browser tests need chromium on the PATH."""
 
 import csv
+import html
 import html.parser
 import io
 import json
@@ -186,3 +187,13 @@ def test_comparisons_that_make_no_sense_are_refused(tmp_path):
     with pytest.raises(workdir.WorkdirError, match=r"no run.json"):
         compare.write([folder, tmp_path], tmp_path / "out")
     assert compare.distinct_names([tmp_path / "a/x", tmp_path / "b/x"]) == ["a/x", "b/x"]
+
+
+def test_a_command_on_the_page_is_the_command(report):
+    """Its arguments stand in elements of their own, so that lines are not broken at hyphens; the text is what to paste."""
+    source = (report / "out/table.html").read_text()
+    shown = re.findall(r'<pre class="command">(.*?)</pre>', source, re.S)
+    texts = [html.unescape(re.sub(r"</?i>", "", block)).strip().splitlines() for block in shown]
+    with open(report / "out/table.csv", newline="") as file:
+        said = [line["command"].splitlines() for line in csv.DictReader(file) if line["command"]]
+    assert sorted(texts) == sorted(said) and len(texts) == 8
