@@ -129,9 +129,9 @@ def measure_paged(lengths: list[int], repeats: int) -> list[dict]:
 
 
 def mixed_requests(count: int) -> list[Request]:
-    """Most are short and some are long: new tokens drawn log-uniformly from 8 to 256, prompts of 4 to 32."""
+    """One in eight is long, 256 new tokens, and the others 8 to 32, in random order; prompts of 4 to 32 tokens."""
     rng = np.random.default_rng(0)
-    new = np.exp(rng.uniform(np.log(8), np.log(256), count)).astype(int)
+    new = np.where(rng.permutation(count) % 8 == 0, 256, rng.integers(8, 33, count))
     return [Request(prompt(int(rng.integers(4, 33)), i), int(n)) for i, n in enumerate(new)]
 
 

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
@@ -51,7 +52,7 @@ def beam_search(
     for step in range(max_tokens):
         for row in range(num_beams):
             cache.reserve(row, len(prompt) + step)
-        cache.state, logits = decoder.scores(cache.state, np.array(last, np.int32), cache.tables())
+        cache.state, logits = decoder.scores(cache.state, jnp.array(last, jnp.int32), cache.tables())
         totals = np.full(num_beams, -np.inf, np.float32)
         totals[: len(beams)] = [beam.log_probability for beam in beams]
         best, index = (np.asarray(x) for x in _best(logits, totals, 2 * num_beams))

@@ -62,13 +62,14 @@ class Decoder:
 
     def __init__(self, model: nn.Module, variables: Any, paging: tuple[int, int] | None = None):
         self.model, self.variables, self.paging = model, variables, paging
+        self.init_shapes = functools.cache(self._init_shapes)
         self._prefill = jax.jit(self._prefill_step, donate_argnums=1)
         self._decode = jax.jit(self._decode_loop, donate_argnums=1, static_argnames=("sampling", "stop"))
         self._scores = jax.jit(self._score_step, donate_argnums=1)
         self._copy_rows = jax.jit(_copy_rows, donate_argnums=0)
         self._copy_blocks = jax.jit(_copy_blocks, donate_argnums=0)
 
-    def init_shapes(self, rows: int, length: int) -> State:
+    def _init_shapes(self, rows: int, length: int) -> State:
         """The shapes of `init`'s arrays."""
         tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32)
         ctx = self._context(None if self.paging is None else jnp.zeros((rows, 1), jnp.int32))
@@ -124,6 +125,10 @@ class Decoder:
     def reset(self, state: State, rows: Sequence[int], positions: Sequence[int]) -> State:
         """Empty these rows, as they are before the first token; where everything but positions is in blocks, set those."""
         return _reset(state, np.asarray(rows, np.int32), np.asarray(positions, np.int32))
+
+    def compiled(self) -> dict[str, int]:
+        """How many programs there are of the two steps."""
+        return {"decode": self._decode._cache_size(), "prefill": self._prefill._cache_size()}
 
     def _context(self, tables) -> Context:
         return Context(decode=True, paging=None if tables is None else Paging(tables, *self.paging))

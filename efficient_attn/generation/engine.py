@@ -18,6 +18,9 @@ from efficient_attn.generation.blocks import OutOfBlocks
 from efficient_attn.generation.decoding import MAX_STEPS, NO_TOKEN, Decoder, Rows
 from efficient_attn.generation.sampling import GREEDY, Sampling
 
+LEAST_STEPS = 4
+"""Steps between two looks of the host where some row ends sooner: a few idle steps of it cost less than the look."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Request:
@@ -154,7 +157,7 @@ class Engine:
     def _reserve(self) -> int:
         """How many tokens to decode next, with room for them; the oldest sequences first, the newest make way."""
         left = [sequence.left for sequence in self._running.values()]
-        steps = min(self.steps, min(left) if self._waiting and self.continuous else max(left))
+        steps = min(self.steps, max(LEAST_STEPS, min(left)) if self._waiting and self.continuous else max(left))
         for row, sequence in sorted(self._running.items(), key=lambda item: item[1].number):
             while row in self._running:
                 try:
