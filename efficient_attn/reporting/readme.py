@@ -18,7 +18,8 @@ from efficient_attn.reporting.text import markdown_table
 
 README = tables.ROOT / "README.md"
 RESULTS = tables.ROOT / "results/cpu"
-BLOCK = re.compile(r"<!-- table (\w+): python report.py --readme -->\n(.*?)<!-- end of table -->", re.S)
+OPEN, CLOSE = "<!-- table {}: python report.py --readme -->", "<!-- end of table -->"
+BLOCK = re.compile(OPEN.format(r"(\w+)") + "\n(.*?)" + CLOSE, re.S)
 
 
 def refresh(path: pathlib.Path = README, *, check: bool = False) -> list[pathlib.Path]:
@@ -28,8 +29,8 @@ def refresh(path: pathlib.Path = README, *, check: bool = False) -> list[pathlib
     """
     old = path.read_text()
     if old.count("<!-- table ") != len(BLOCK.findall(old)):
-        raise workdir.WorkdirError(f"{path}: a marker of a table is misspelt or is not closed by <!-- end of table -->")
-    new = BLOCK.sub(lambda match: match[0].replace(match[2], made(match[1], path) + "\n") if match[2] else match[0], old)
+        raise workdir.WorkdirError(f"{path}: a marker of a table is misspelt or is not closed by {CLOSE}")
+    new = BLOCK.sub(lambda match: f"{OPEN.format(match[1])}\n{made(match[1], path)}\n{CLOSE}", old)
     stale = [was[0] for was, now in zip(BLOCK.findall(old), BLOCK.findall(new)) if was != now]
     if check and stale:
         raise workdir.WorkdirError(f"{path}: {', '.join(stale)} is not what results/ says; run: python report.py --readme")
@@ -95,10 +96,15 @@ def induction() -> str:
 
 
 def table(name: str, scale: str) -> str:
-    """A table of `configs/tables` from its committed runs, those sections that have any."""
+    """A table of `configs/tables` from its committed runs: the sections that have any, or the command that makes them."""
     loaded = tables.load(tables.ROOT / f"configs/tables/{name}.py")
     found = summary.summarise(loaded, RESULTS / "tables" / name, scale)
-    return text.markdown(found, [s.name for s in found.sections if any(figure.scores for figure in s)]).rstrip()
+    ran = [section.name for section in found.sections if any(figure.scores for figure in section)]
+    return (
+        text.markdown(found, ran).rstrip()
+        if ran
+        else f"Not run: `python sweep.py --config=configs/tables/{name}.py --scale={scale}`"
+    )
 
 
 def _pivot(found: Mapping[tuple[str, str], str], names: Mapping[str, str]) -> str:
