@@ -3,8 +3,9 @@
 import dataclasses
 import difflib
 import inspect
+import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 INJECTED = frozenset({"parent", "name", "dtype", "function"})
@@ -19,7 +20,13 @@ def lookup(table: Mapping[str, Any], name: Any, field: str) -> Any:
     """`table[name]`, or a `ConfigError` that lists the table and the nearest name."""
     if isinstance(name, str) and name in table:
         return table[name]
-    raise ConfigError(f"{field}={name!r} is unknown{suggest(name, table)}; one of: {', '.join(sorted(table))}")
+    raise ConfigError(f"{field}={shown(name)} is unknown{suggest(name, table)}; one of: {', '.join(sorted(table))}")
+
+
+def shown(value: Any) -> str:
+    """A value in an error: in one line, and not too much of it."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def suggest(name: Any, known: Iterable[str]) -> str:
@@ -46,8 +53,11 @@ def arguments_of(constructor: Callable) -> dict[str, Argument]:
 
 
 _INFINITY = float("inf")
+_LARGEST = 2**32
 BOUNDS: Mapping[str, tuple[float, float, bool]] = {
-    **dict.fromkeys(("depth", "width", "num_heads", "num_kv_heads", "head_dim", "state_dim", "blocks"), (1, _INFINITY, True)),
+    "depth": (1, 1000, True),
+    **dict.fromkeys(("look_back", "look_ahead"), (0, 1000, True)),
+    **dict.fromkeys(("width", "num_heads", "num_kv_heads", "head_dim", "state_dim", "blocks"), (1, _INFINITY, True)),
     **dict.fromkeys(("batch_size", "accumulate", "log_every", "replicas"), (1, _INFINITY, True)),
     **dict.fromkeys(("window", "dilation", "block_size", "num_blocks", "stride", "query_block", "rank"), (1, _INFINITY, True)),
     **dict.fromkeys(("query_height", "query_width", "max_length", "conv_width", "trained_length"), (1, _INFINITY, True)),
@@ -59,7 +69,7 @@ BOUNDS: Mapping[str, tuple[float, float, bool]] = {
     **dict.fromkeys(("ridge_penalty", "contraction", "prior_width"), (0, _INFINITY, False)),
     **dict.fromkeys(("auxiliary_weight", "kl_weight"), (0, _INFINITY, True)),
     **dict.fromkeys(("num_features", "redraw_every", "conv_kernel", "feed_forward_chunk"), (0, _INFINITY, True)),
-    **dict.fromkeys(("look_back", "look_ahead", "memory", "memory_height", "memory_width"), (0, _INFINITY, True)),
+    **dict.fromkeys(("memory", "memory_height", "memory_width"), (0, _INFINITY, True)),
     **dict.fromkeys(("global_tokens", "num_random", "radius", "clip", "copies"), (0, _INFINITY, True)),
     **dict.fromkeys(("feed_forward_width", "eval_batch_size", "max_eval_batches", "patience", "prefetch"), (0, _INFINITY, True)),
     **dict.fromkeys(("loss_chunk", "spike_factor", "max_divergences"), (0, _INFINITY, True)),
@@ -75,18 +85,71 @@ def check_bounds(name: str, value: Any, field: str) -> None:
     if name not in BOUNDS or isinstance(value, bool | str) or not isinstance(value, int | float):
         return
     low, high, inclusive = BOUNDS[name]
+    high = min(high, 2**31) if isinstance(value, int) else high  # what a device's integers hold
     if not ((low <= value if inclusive else low < value) and value < high):
         upper = "" if high == _INFINITY else f" and less than {high}"
         raise ConfigError(f"{field}.{name}={value} must be {'at least' if inclusive else 'more than'} {low}{upper}")
 
 
+TYPE_NAMES: Mapping[Any, str] = {
+    int: "an integer (below 2^32)", float: "a finite number", bool: "True or False", str: "a string", type(None): "None",
+    Mapping: "a dict", Sequence: "a list",
+}  # fmt: skip
+"""What the annotations of configurable arguments are made of. Others (dtypes, functions) no configuration sets."""
+
+
+def check_type(argument: Argument, value: Any, field: str) -> None:
+    """Raise `ConfigError` for a value that the argument's annotation does not allow; its default always is."""
+    if not _fits(value, argument.type) and not (type(value) is type(argument.default) and value == argument.default):
+        raise ConfigError(f"{field}.{argument.name}={shown(value)} must be {_describe(argument.type)}")
+
+
+def _options(annotation: Any) -> tuple[Any, ...]:
+    """The alternatives of a union."""
+    return typing.get_args(annotation) if typing.get_origin(annotation) in (typing.Union, types.UnionType) else (annotation,)
+
+
+def _fits(value: Any, annotation: Any) -> bool:
+    if len(options := _options(annotation)) > 1:
+        return any(_fits(value, option) for option in options)
+    kind = typing.get_origin(annotation) or annotation
+    if kind not in TYPE_NAMES:
+        return True
+    if isinstance(value, bool):
+        return kind is bool
+    if kind is int:
+        return isinstance(value, int) and abs(value) < _LARGEST
+    if kind is float:
+        return isinstance(value, int | float) and abs(value) < _INFINITY
+    if kind is Sequence:
+        items = typing.get_args(annotation) or (Any,)
+        return isinstance(value, Sequence) and not isinstance(value, str) and all(_fits(item, items[0]) for item in value)
+    return isinstance(value, kind)
+
+
+def _describe(annotation: Any) -> str:
+    kinds = [(typing.get_origin(option) or option, typing.get_args(option)) for option in _options(annotation)]
+    return " or ".join(
+        TYPE_NAMES[kind] + (f" of which each is {_describe(items[0])}" if kind is Sequence and items else "")
+        for kind, items in kinds
+        if kind in TYPE_NAMES
+    )
+
+
 def check_arguments(constructor: Callable, given: Mapping[str, Any], field: str) -> None:
-    """Raise `ConfigError` for an argument the constructor does not have, or one it needs and does not get."""
+    """Raise `ConfigError` for an argument the constructor does not have, one of a wrong type or size, or one it does not get."""
     known = arguments_of(constructor)
-    for key in given:
-        if key not in known:
-            raise ConfigError(f"{field} has no argument {key!r}{suggest(key, known)}; it takes: {', '.join(known)}")
-        check_bounds(key, given[key], field)
+    unknown = [key for key in given if key not in known]
+    if len(unknown) == 1:
+        raise ConfigError(f"{field} has no argument {unknown[0]!r}{suggest(unknown[0], known)}; it takes: {', '.join(known)}")
+    if unknown:
+        raise ConfigError(
+            f"{field} has no arguments {', '.join(map(repr, unknown))}; it takes: {', '.join(known)}. Arguments go with the "
+            "name: another mechanism is another recipe (--config=FILE:RECIPE), or a dict of its own"
+        )
+    for key, value in given.items():
+        check_type(known[key], value, field)
+        check_bounds(key, value, field)
     missing = [k for k, a in known.items() if a.default is inspect.Parameter.empty and k not in given]
     if missing:
         raise ConfigError(f"{field} needs {', '.join(missing)}")

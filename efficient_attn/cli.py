@@ -55,18 +55,18 @@ def run(main: Callable[[], None]) -> None:
 def parse_flags(argv: Sequence[str]) -> list[str]:
     """absl's parser; what is wrong with a flag, a configuration file or an override comes as one line."""
     try:
-        _check_config_file(argv)
+        check_config_file(argv)
         left = flags.FLAGS(argv)
     except ConfigError as error:
         _fail(str(error), EXIT_CODES[ConfigError])
     except Exception as error:  # whatever a configuration file may raise: it ends here, said in a line
-        _fail(_explain(error), EXIT_CODES[ConfigError])
+        _fail(explain(error), EXIT_CODES[ConfigError])
     if len(left) > 1:
         _fail(f"unexpected argument {left[1]!r}; write overrides as --config.FIELD=VALUE", EXIT_CODES[ConfigError])
     return left
 
 
-def _check_config_file(argv: Sequence[str]) -> None:
+def check_config_file(argv: Sequence[str]) -> None:
     """Raise `ConfigError` where --config names no Python file, which ml_collections reports only later and less clearly."""
     for argument, following in zip(argv, [*argv[1:], ""]):
         flag, equals, value = argument.partition("=")
@@ -77,7 +77,7 @@ def _check_config_file(argv: Sequence[str]) -> None:
                 raise ConfigError(f"there is no configuration file {path}{near}")
 
 
-def _explain(error: Exception) -> str:
+def explain(error: Exception) -> str:
     """The error in a line: the override that names no field with the nearest one that does, or where a file broke."""
     text = str(error.args[0] if error.args else error)
     overrides = [a.split("=")[0] for a in sys.argv if a.startswith("--config.")]

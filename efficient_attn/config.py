@@ -6,7 +6,6 @@ are the keyword arguments of the constructors they configure. A recipe spells ou
 """
 
 import dataclasses
-import inspect
 import json
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -167,7 +166,7 @@ def _with_causality(mixer: Any, *, causal: bool) -> Any:
 
 def _complete(constructor: Callable, given: Mapping[str, Any], field: str) -> dict[str, Any]:
     """`given` and the defaults of all other arguments, nested dict(name=...) fields likewise."""
-    from_task = {k: None for k in models.FROM_TASK if k in arguments_of(constructor)} if field == "model" else {}
+    from_task = {k: 1 for k in models.FROM_TASK if k in arguments_of(constructor)} if field == "model" else {}
     check_arguments(constructor, {**from_task, **given}, field)
     complete = {}
     for key, argument in arguments_of(constructor).items():
@@ -218,8 +217,4 @@ def section(constructor: Callable, values: Mapping[str, Any], field: str) -> Any
     """`constructor(**values)` after the same checks as at completion, for values that flags may have changed."""
     values = dict(values)
     check_arguments(constructor, values, field)
-    for key, argument in arguments_of(constructor).items():
-        given = key in values and argument.default is not inspect.Parameter.empty  # older runs lack newer arguments
-        if given and isinstance(values[key], str) != isinstance(argument.default, str):
-            raise ConfigError(f"{field}.{key}={values[key]!r} should be like its default, {argument.default!r}")
     return constructor(**values)

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 from efficient_attn import divergence, models, optim, replicas, sharding, tasks
-from efficient_attn.arguments import ConfigError, lookup
+from efficient_attn.arguments import TYPE_NAMES, ConfigError, lookup, shown, suggest
 from efficient_attn.config import Config, TrainConfig, normal_form, section
 from efficient_attn.durations import in_steps
 from efficient_attn.steps import MEMORY, Batch, TrainState, empty_memory, init_state
@@ -88,8 +88,9 @@ def make_plan(config: Config) -> Plan:
     Raises `ConfigError` for whatever is wrong with it. Reads no data and compiles nothing.
     """
     config = normal_form(config)
+    _check_sections(config)
     task_arguments = dict(config["task"])
-    task_class = lookup(tasks.TASKS, task_arguments.pop("name"), "task.name")
+    task_class = lookup(tasks.TASKS, task_arguments.pop("name", None), "task.name")
     task = _construct(task_class, task_arguments, "task")
     optimizer = _construct(optim.OptimizerConfig, config["optimizer"], "optimizer")
     train = _construct(TrainConfig, config["train"], "train")
@@ -139,6 +140,23 @@ def make_plan(config: Config) -> Plan:
     )
     state = jax.eval_shape(plan.init_state)
     return dataclasses.replace(plan, state=state, specs=sharding.state_specs(layout, mesh, state, tx))
+
+
+SECTIONS: Mapping[str, type] = {
+    "name": str, "recipe": str, "seed": int, "task": dict, "model": dict, "optimizer": dict, "train": dict
+}  # fmt: skip
+OPTIONAL_SECTIONS: Mapping[str, type] = {"sharding": dict}
+"""Those that older runs do not have."""
+
+
+def _check_sections(config: Mapping[str, Any]) -> None:
+    """Raise `ConfigError` where a configuration does not have the sections that `config.experiment` makes."""
+    known = {**SECTIONS, **OPTIONAL_SECTIONS}
+    if stray := [key for key in config if key not in known]:
+        raise ConfigError(f"the configuration has no section {stray[0]!r}{suggest(stray[0], known)}; it has: {', '.join(known)}")
+    for key, kind in known.items():
+        if (key in SECTIONS or key in config) and not isinstance(config.get(key), kind):
+            raise ConfigError(f"the configuration's {key} must be {TYPE_NAMES.get(kind, 'a dict')}, got {shown(config.get(key))}")
 
 
 def _construct(constructor: Any, values: Mapping[str, Any], field: str) -> Any:

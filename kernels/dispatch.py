@@ -49,8 +49,10 @@ def choose(
       ValueError: `name` is not in the table, or names an implementation that cannot run this call (the message says why), or
         nothing in `preference` can.
     """
-    if name is not None and name not in table:
-        raise ValueError(f"{op}: implementation={name!r} does not exist; use one of {sorted(table)}, or None for the fastest")
+    if name is not None and not (isinstance(name, str) and name in table):
+        raise ValueError(
+            f"{op}: implementation={shown(name)} does not exist; use one of {sorted(table)}, or None for the fastest"
+        )
     reasons = {key: implementation.supports(spec) for key, implementation in table.items()}
     if name is not None and reasons[name] is not None:
         raise ValueError(f"{op}: implementation={name!r} cannot run this call: {reasons[name]}; able: {_able(reasons)}")
@@ -68,6 +70,14 @@ def choose(
 @functools.lru_cache(maxsize=1024)
 def _log_once(line: str) -> None:
     logging.getLogger(__name__).info(line)
+
+
+def shown(value: Any) -> str:
+    """A wrong argument's value in an error: one short line, whatever it is; of an array, type and shape."""
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"an array {value.dtype} {value.shape}"
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _able(reasons: Mapping[str, str | None]) -> list[str]:

@@ -131,7 +131,9 @@ def open_tar(archive: pathlib.Path) -> Iterator[tarfile.TarFile]:
             while tar.fileobj.read(BLOCK):
                 pass
     except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise TaskError(f"{archive} is not a sound tar archive ({error}). Delete it, and fetch it again.") from error
+        raise TaskError(
+            f"{archive} is not a sound tar archive ({' '.join(str(error).split())}). Delete it, and fetch it again."
+        ) from error
 
 
 def extract(archive: pathlib.Path, targets: Mapping[str, pathlib.Path]) -> None:

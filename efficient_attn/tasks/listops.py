@@ -244,7 +244,7 @@ def _released(folder: str, sizes: Mapping[Split, int], split: Split, shard: int)
     path = pathlib.Path(folder) / _RELEASE_FILES[split]
     begin, end = _rows(sizes[split], split, shard)
     row = begin
-    with path.open() as lines:
+    with path.open(encoding="utf-8", errors="replace") as lines:  # what is not text is then no ListOps expression
         if (header := lines.readline().split()) != ["Source", "Target"]:
             raise TaskError(f"{path} begins with {header}; expected the columns Source and Target of the LRA release")
         for row, line in enumerate(itertools.islice(lines, begin, end), begin + 1):
@@ -255,7 +255,7 @@ def _released(folder: str, sizes: Mapping[Split, int], split: Split, shard: int)
             except (ValueError, IndexError) as error:
                 raise TaskError(f"{path}, example {row}, is not a ListOps expression: {error}") from error
             if str(value) != target:
-                raise TaskError(f"{path}, example {row}, has the target {target!r}, but its value is {value}")
+                raise TaskError(f"{path}, example {row}, has the target {target[:40]!r}, but its value is {value}")
             yield {"tokens": tokens, "label": value}
     if row != end:
         raise TaskError(f"{path} has only {row} examples; num_examples asks for {sizes[split]}")

@@ -70,7 +70,7 @@ def release_rows(folder: pathlib.Path) -> tuple[tuple[str, int], ...]:
     for file in files:
         for line, fields in enumerate(_fields(file.read_bytes()), 1):
             if len(fields) < 4 or fields[3] not in ("0", "1"):
-                raise TaskError(f"{file}, line {line}, is {fields}: expected folder, file, number, label (0 or 1), ...")
+                raise TaskError(f"{file}, line {line}, is {str(fields)[:200]}: expected folder, file, number, label (0, 1), ...")
             path = f"{fields[0]}/{fields[1]}"
             if f"{folder.parent.name}/{folder.name}/{path}" != EMPTY:
                 rows.append((path, int(fields[3])))
@@ -80,7 +80,7 @@ def release_rows(folder: pathlib.Path) -> tuple[tuple[str, int], ...]:
 def _fields(metadata: bytes) -> list[list[str]]:
     if metadata.startswith(b"\x93NUMPY"):
         return np.load(io.BytesIO(metadata), allow_pickle=False).tolist()
-    return [line.split() for line in metadata.decode().splitlines()]
+    return [line.split() for line in metadata.decode(errors="replace").splitlines()]
 
 
 def release_split(folder: pathlib.Path, seed: int, sizes: Mapping[Split, int]) -> dict[Split, list[tuple[str, int]]]:
@@ -109,11 +109,11 @@ def read_png(path: pathlib.Path, side: int) -> UInt8[np.ndarray, "H H"]:
     """A grey image. Raises `TaskError` with its name if it is missing, damaged, or of another size."""
     try:
         with PIL.Image.open(path) as image:
+            if image.size != (side, side):  # before it is decoded: a damaged header may ask for any amount of memory
+                raise TaskError(f"{path} has {image.size[0]} x {image.size[1]} pixels; expected {side} x {side}")
             pixels = np.asarray(image.convert("L"))
-    except (OSError, SyntaxError) as error:  # what Pillow raises for bad files
+    except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:  # what Pillow raises for bad files
         raise TaskError(f"{path} cannot be read ({error}): unpack it again from the release") from error
-    if pixels.shape != (side, side):
-        raise TaskError(f"{path} has {pixels.shape[1]} x {pixels.shape[0]} pixels; expected {side} x {side}")
     return pixels
 
 

@@ -214,7 +214,10 @@ def _check_options(mask, bias, softcap, scale, dropout) -> None:
 
 def _check_bias(bias: Bias, sizes: dict[str, int]) -> None:
     """Every axis that runs along B, H, L or S has that size or 1."""
-    for leaf, axes in zip(jax.tree.leaves(bias), bias.axes(), strict=True):
+    leaves = jax.tree.leaves(bias)
+    if len(leaves) != len(bias.axes()):  # None is no leaf
+        raise ValueError(f"attend: bias {type(bias).__name__} holds {len(leaves)} arrays; {len(bias.axes())} are expected")
+    for leaf, axes in zip(leaves, bias.axes(), strict=True):
         if not hasattr(leaf, "shape"):
             raise ValueError(f"attend: bias {type(bias).__name__} holds {leaf!r}; arrays are expected")
         expected = [sizes.get(name, size) for name, size in zip(axes, leaf.shape)]

@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Inexact
 from kernels.dispatch import Choice, Implementation, choose
 from kernels.scan import associative, carried, chunked, portable, reference
 from kernels.scan.adjoint import scan_with_adjoint
+from kernels.scan.arguments import check_arrays, check_direction, check_shape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +82,8 @@ def linear_scan(
       float32 or complex64 whatever the inputs are (64-bit where an input is), and is returned so.
 
     Raises:
-      ValueError: `a` has neither shape, L is 0, or the named implementation cannot run this call.
+      ValueError: an argument is no floating-point array or does not fit b, L is 0, or the named
+        implementation cannot run this call.
     """
     choice = explain(a, b, h0=h0, reset=reset, reverse=reverse, implementation=implementation)
     if carried.is_split():
@@ -114,10 +116,15 @@ def _on_mesh(a, b, h0, reset, reverse: bool, implementation: str):
 
 def explain(a, b, *, h0=None, reset=None, reverse=False, implementation=None) -> Choice:
     """Which implementation `linear_scan` would run for these arguments (arrays or `jax.ShapeDtypeStruct`s), and why."""
+    check_arrays("linear_scan", {"a": a, "b": b}, {"h0": h0}, jnp.inexact)
+    if b.ndim < 2:
+        raise ValueError(f"linear_scan: b has shape {b.shape}; it must be [B, L, ...]")
     if a.shape not in (b.shape, b.shape[2:]):
         raise ValueError(f"linear_scan: a has shape {a.shape}; for b {b.shape} it must be {b.shape} or {b.shape[2:]}")
     if b.shape[1] == 0:
         raise ValueError(f"linear_scan: b {b.shape} has length 0; at least one step is needed")
+    check_shape("linear_scan", "h0", h0, (b.shape[0], *b.shape[2:]), f"b {b.shape}")
+    check_direction("linear_scan", reset, reverse, b.shape[:2], f"b {b.shape}")
     spec = ScanSpec(
         batch=b.shape[0],
         length=b.shape[1],

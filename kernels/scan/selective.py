@@ -8,6 +8,7 @@ from jaxtyping import Array, Bool, Float
 
 from kernels.dispatch import Choice, Implementation, choose
 from kernels.scan import carried, selective_chunked, selective_portable, selective_reference, triton
+from kernels.scan.arguments import check_arrays, check_direction
 from kernels.scan.selective_reference import Inputs, discretise, keeps
 
 
@@ -164,6 +165,7 @@ def explain_selective(
     """Which implementation `selective_scan` would run for these arguments (arrays or `jax.ShapeDtypeStruct`s), and why."""
     _check(u, A, {"B": B, "C": C}, {"delta": delta, "z": z}, {"D": D, "delta_bias": delta_bias}, h0)
     batch, length, channels = u.shape
+    check_direction("selective_scan", reset, reverse, (batch, length), f"u {u.shape}")
     spec = SelectiveSpec(
         batch=batch,
         length=length,
@@ -179,10 +181,11 @@ def explain_selective(
 
 
 def _check(u, A, by_group, like_u, by_channel, h0) -> None:
+    delta, optional = {"delta": like_u["delta"]}, {"z": like_u["z"], "h0": h0, **by_channel}
+    check_arrays("selective_scan", {"u": u, "A": A, **by_group, **delta}, optional)
+    if u.ndim != 3:
+        raise ValueError(f"selective_scan: u has shape {u.shape}; it must be [B, L, E]")
     batch, length, channels = u.shape
-    for name, x in {"u": u, "A": A, "h0": h0, **by_group, **like_u, **by_channel}.items():
-        if x is not None and not jnp.issubdtype(x.dtype, jnp.floating):
-            raise ValueError(f"selective_scan: {name} is {x.dtype}; a floating type is expected")
     if length == 0:
         raise ValueError(f"selective_scan: u {u.shape} has length 0; at least one step is needed")
     if A.ndim != 2 or A.shape[0] != channels:

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from kernels.dispatch import Choice, Implementation, choose
+from kernels.dispatch import Choice, Implementation, choose, shown
 from kernels.scan import carried, ssd_forms
+from kernels.scan.arguments import check_arrays, check_direction
 from kernels.scan.selective_reference import keeps
 
 
@@ -77,7 +78,8 @@ def ssd(
     Raises:
       ValueError: shapes do not fit together, L is 0, or the named implementation cannot run this call.
     """
-    choice = explain_ssd(x, dt, A, B, C, D, dt_bias, h0=h0, implementation=implementation)
+    choice = explain_ssd(x, dt, A, B, C, D, dt_bias, h0=h0, reset=reset, reverse=reverse, implementation=implementation)
+    _check_limits(dt_limit)
     dtype = _state_dtype(x, dt, A, B, C, D, dt_bias, h0)
     batch, _, heads, head_dim = x.shape
     groups, states = B.shape[2:]
@@ -130,9 +132,9 @@ def _log_decay(dt: Float[Array, "B L H"], A, keep) -> Float[Array, "B L H"] | No
     return jnp.where(keep[..., None] > 0, jnp.zeros_like(dt) if log_decay is None else log_decay, ssd_forms.NOTHING)
 
 
-def explain_ssd(x, dt, A, B, C, D=None, dt_bias=None, *, h0=None, implementation=None) -> Choice:
+def explain_ssd(x, dt, A, B, C, D=None, dt_bias=None, *, h0=None, reset=None, reverse=False, implementation=None) -> Choice:
     """Which implementation `ssd` would run for these arguments (arrays or `jax.ShapeDtypeStruct`s), and why."""
-    _check(x, dt, A, B, C, D, dt_bias, h0)
+    _check(x, dt, A, B, C, D, dt_bias, h0, reset, reverse)
     batch, length, heads, head_dim = x.shape
     spec = SSDSpec(
         batch=batch,
@@ -147,11 +149,15 @@ def explain_ssd(x, dt, A, B, C, D=None, dt_bias=None, *, h0=None, implementation
     return carried.told(choose("ssd", IMPLEMENTATIONS, PREFERENCE, spec, implementation), length)
 
 
-def _check(x, dt, A, B, C, D, dt_bias, h0) -> None:
+def _check(x, dt, A, B, C, D, dt_bias, h0, reset, reverse) -> None:
+    check_arrays("ssd", {"x": x, "dt": dt, "B": B, "C": C}, {"A": A, "D": D, "dt_bias": dt_bias, "h0": h0})
+    if x.ndim != 4:
+        raise ValueError(f"ssd: x has shape {x.shape}; it must be [B, L, H, P]")
     batch, length, heads, head_dim = x.shape
     if length == 0:
         raise ValueError(f"ssd: x {x.shape} has length 0; at least one step is needed")
-    if B.ndim != 4 or B.shape[:2] != (batch, length) or heads % B.shape[2]:
+    check_direction("ssd", reset, reverse, (batch, length), f"x {x.shape}")
+    if B.ndim != 4 or B.shape[:2] != (batch, length) or B.shape[2] == 0 or heads % B.shape[2]:
         wanted = f"({batch}, {length}, G, N) with G a divisor of {heads}"
         raise ValueError(f"ssd: B has shape {B.shape}; for x {x.shape} it must be {wanted}")
     per_head = {"A": A, "D": D, "dt_bias": dt_bias}
@@ -160,6 +166,12 @@ def _check(x, dt, A, B, C, D, dt_bias, h0) -> None:
     for name, (v, shape) in expected.items():
         if v is not None and v.shape != shape:
             raise ValueError(f"ssd: {name} has shape {v.shape}; for x {x.shape} and B {B.shape} it must be {shape}")
+
+
+def _check_limits(dt_limit) -> None:
+    is_pair = isinstance(dt_limit, tuple | list) and len(dt_limit) == 2 and all(isinstance(v, int | float) for v in dt_limit)
+    if not (is_pair and 0 <= dt_limit[0] <= dt_limit[1]):
+        raise ValueError(f"ssd: dt_limit={shown(dt_limit)}; two numbers (low, high) are expected, 0 <= low <= high")
 
 
 def _state_dtype(*arrays) -> jnp.dtype:

@@ -164,6 +164,8 @@ class PerHead(Mask):
     masks: Iterable[Mask]
 
     def __post_init__(self):
+        if not isinstance(self.masks, Iterable):
+            raise ValueError(f"PerHead(masks={self.masks!r}): give one mask for each head")
         object.__setattr__(self, "masks", tuple(self.masks))
         if not self.masks or any(isinstance(mask, PerHead) or not isinstance(mask, Mask) for mask in self.masks):
             raise ValueError(f"PerHead(masks={self.masks}): give one mask for each head, none of them a PerHead")

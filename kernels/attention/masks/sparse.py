@@ -83,7 +83,10 @@ class _Positions(Mask):
 
     def __post_init__(self):
         whole_numbers(self)
-        positions = tuple(sorted({int(position) for position in self.positions}))
+        given = self.positions
+        if not isinstance(given, Iterable) or not all(isinstance(p, int | np.integer) and not isinstance(p, bool) for p in given):
+            raise ValueError(f"{type(self).__name__}(positions={given!r}): give a sequence of whole numbers")
+        positions = tuple(sorted({int(position) for position in given}))
         if not positions or positions[0] < 0:
             raise ValueError(f"{type(self).__name__}: positions {positions[:4]}: give at least one, none of them negative")
         object.__setattr__(self, "positions", positions)
