@@ -105,9 +105,9 @@ def test_early_stop_waits_for_all_replicas_together():
     progress = Progress()
     for step, values, finished in [(1, [1.0, 0.1], False), (2, [0.2, 1.0], False), (3, [0.95, 0.9], True)]:
         progress.note_evaluation(step, values, "max")
-        assert bool(progress.why_finished(plan)) == finished
+        assert bool(progress.why_finished(plan.task, plan.train)) == finished
     assert progress.best_step == 3 and progress.reached == 0.9
-    assert Progress.from_json(progress.to_json()).why_finished(plan)
+    assert Progress.from_json(progress.to_json()).why_finished(plan.task, plan.train)
     progress = Progress()
     progress.note_evaluation(1, [2.0, 4.0], "min")
     assert (progress.best, progress.reached) == (3.0, 4.0)
