@@ -20,6 +20,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
+from efficient_attn.tasks import corpora
 from efficient_attn.tasks.base import SPLITS, Head, Source, Split, Task, TaskError
 from efficient_attn.tasks.windows import EvaluationStreams, Streams, Windows
 
@@ -69,6 +70,7 @@ class LMText(Task):
 
     Fields:
         path: a file, a folder, or "".
+        corpus: without a path, a published corpus of `corpora.CORPORA`, downloaded into data_dir when it is first asked about.
         context: L, bytes in a window.
         valid_fraction, test_fraction: of the bytes; not used where the folder names its splits.
         num_examples: windows of train; 0 means as above. Of streams there are size / context.
@@ -86,6 +88,7 @@ class LMText(Task):
     stop_token: ClassVar[int] = SEPARATOR[0]
 
     path: str = ""
+    corpus: str = ""
     context: int = 256
     valid_fraction: float = 0.05
     test_fraction: float = 0.05
@@ -100,6 +103,8 @@ class LMText(Task):
         if min(self.valid_fraction, self.test_fraction) <= 0 or self.valid_fraction + self.test_fraction >= 1:
             raise TaskError(f"lm_text: valid_fraction and test_fraction must be positive and sum to less than 1; got {self}.")
 
+        if self.corpus and self.corpus not in corpora.CORPORA:
+            raise TaskError(f"lm_text: corpus must be one of {', '.join(corpora.CORPORA)}; got {self.corpus!r}.")
         if self.order not in ORDERS or (self.order == "streams" and self.num_examples):
             raise TaskError(f"lm_text: order must be one of {', '.join(ORDERS)}, and streams go with num_examples=0; got {self}.")
 
@@ -119,7 +124,9 @@ class LMText(Task):
     @property
     def folder(self) -> pathlib.Path:
         """Where the copy of the corpus is: the same for every context and num_examples."""
-        stem = re.sub(r"\W+", "_", self._root.resolve().stem) if self.path else f"python{platform.python_version()}"
+        stem = (
+            re.sub(r"\W+", "_", self._root.resolve().stem) if self.path or self.corpus else f"python{platform.python_version()}"
+        )
         return pathlib.Path(self.data_dir) / f"lm_text-{stem}-{self._digest}"
 
     @property
@@ -186,6 +193,8 @@ class LMText(Task):
 
     @property
     def _root(self) -> pathlib.Path:
+        if self.corpus and not self.path:
+            return corpora.locate(self.corpus, pathlib.Path(self.data_dir))
         return pathlib.Path(self.path or sysconfig.get_path("stdlib")).expanduser()
 
     @functools.cached_property
@@ -202,7 +211,7 @@ class LMText(Task):
             return {split: [Piece(path, 0, path.stat().st_size)] for split, path in named.items()}
         if present:
             raise TaskError(f"lm_text: {self._root} holds {present}; expected all or none of train.txt, valid.txt, test.txt.")
-        return _deal(_text_files(self._root, library=not self.path), fractions)
+        return _deal(_text_files(self._root, library=not (self.path or self.corpus)), fractions)
 
     @functools.cached_property
     def _bytes(self) -> Mapping[Split, int]:
