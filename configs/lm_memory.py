@@ -6,7 +6,7 @@ Row r of each batch continues row r of the batch before, and layers remember wha
 et al. 2019), ERNIE-Doc's enhanced recurrence (Ding et al. 2021), the Compressive Transformer (Rae et al. 2020) and the
 infinity-former (Martins et al. 2022). `transformer` is the same model without memory, on the same segments with the same
 relative positions. Published at scale: Transformer-XL 24.0 and 18.3 (151M and 257M), Compressive Transformer 17.1 perplexity on
-WikiText-103. Here: not run; about five to ten minutes a run on two CPU cores.
+WikiText-103. Here: not run; expected time five to ten minutes a run on two CPU cores.
 
 Evaluation reads the split as `train.eval_batch_size` contiguous streams, each from an empty memory.
 """
