@@ -12,6 +12,7 @@ they stopped. Causal attention is timed, 16K tokens of width 2048, where tiles w
 import argparse
 import functools
 import itertools
+import pathlib
 import sys
 from collections.abc import Iterator
 
@@ -125,6 +126,8 @@ def main() -> None:
         return screen(args.screened)
     if jax.default_backend() != "gpu":
         sys.exit(f"nothing timed: blocks are timed on a GPU, and here is {devices.here()}; --screen needs none")
+    if not pathlib.Path(args.screened).exists():
+        sys.exit(f"nothing timed: {args.screened} is not there; python -m benchmarks.attention_tuning --screen writes it")
     out = args.out or f"results/{devices.slug(devices.here())}/attention_tuning.json"
     rows = time_survivors(args.screened, out, args.repeats)
     if args.commit:
