@@ -73,13 +73,22 @@ class PagedCache(ContiguousCache):
         return sum(self.blocks.blocks_for(length) for length in lengths) <= self.blocks.num_free
 
     def admit(self, rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> None:
-        for row, prompt in zip(
-            rows, prompts, strict=True
-        ):  # one after the other, so that one can share what the last has written
-            held = self.blocks.add(row, prompt if self.shares else ())
+        waiting = list(zip(rows, prompts, strict=True))
+        while waiting:  # those that begin alike in turn, so that each can share what those before it have written
+            wave = {
+                tuple(prompt[: self.blocks.block_size]) if self.shares else row: (row, prompt) for row, prompt in waiting[::-1]
+            }
+            self._admit_together(*zip(*wave.values()))
+            waiting = [item for item in waiting if item not in wave.values()]
+
+    def _admit_together(self, rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> None:
+        held = [self.blocks.add(row, prompt if self.shares else ()) for row, prompt in zip(rows, prompts)]
+        for row, prompt in zip(rows, prompts):
             self.reserve(row, len(prompt))
-            self.state = self.decoder.reset(self.state, [row], [held])
-            self.state = self.decoder.prefill(self.state, [row], [prompt[held:]], self.tables([row]))
+        self.state = self.decoder.reset(self.state, rows, held)
+        left = [prompt[n:] for prompt, n in zip(prompts, held)]
+        self.state = self.decoder.prefill(self.state, rows, left, self.tables(rows))
+        for row, prompt in zip(rows, prompts):
             self.publish(row, prompt)
 
     def reserve(self, row: int, length: int) -> None:
