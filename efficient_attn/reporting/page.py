@@ -93,7 +93,7 @@ class SectionView:
         """The name of the size that the columns vary, and figures against it: a panel for each value of the other sizes."""
         found = {column: sizes for column in self.section.protocol.columns if (sizes := sizes_of(column))}
         names = {tuple(sizes) for sizes in found.values()}
-        if len(found) < 2 or len(found) < len(self.section.protocol.columns) or len(names) > 1:
+        if len(found) < max(2, len(self.section.protocol.columns)) or len(names) > 1 or len(self.styles) > MOST_LINES:
             return "", []
         *_, last = names.pop()
         groups: dict[str, dict[float, str]] = {}
@@ -182,6 +182,9 @@ def mixers_of(figure: Figure) -> Sequence[str]:
         found |= {m["name"]: None for m in (mixer if isinstance(mixer, list) else [mixer]) if "name" in m}
     return list(found)
 
+
+MOST_LINES = 16
+"""More rows than this on one panel are told apart by the table alone."""
 
 SIZES = {"L": "length", "d": "width", "N": "state size"}
 """What the letters in columns' names stand for."""

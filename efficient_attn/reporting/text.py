@@ -21,7 +21,7 @@ AVERAGE = "Average"
 
 def number(value: float, metric: Metric) -> str:
     """One decimal of a percentage, else three digits."""
-    return f"{value:.1f}" if metric.unit == "%" else f"{value:.3g}"
+    return f"{value:.1f}" if metric.unit == "%" else f"{value:#.3g}".rstrip(".")
 
 
 def signed(value: float, metric: Metric) -> str:
