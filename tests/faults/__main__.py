@@ -23,7 +23,7 @@ def main() -> None:
     prepare(folder)
 
     from efficient_attn import workdir
-    from tests.faults import faults, kills
+    from tests.faults import faults, kills, table
 
     (folder / "runs").mkdir()
     if args.kills:
@@ -36,11 +36,12 @@ def main() -> None:
     if args.table or args.only:
         (folder / "table").mkdir()
         folder.chmod(0o755)  # for the fault that is an ordinary user's
-        rows = faults.table(folder / "table", args.only or list(faults.FAULTS))
-        print(faults.markdown(rows))
-        if args.table:
-            args.table.parent.mkdir(parents=True, exist_ok=True)
-            args.table.write_text(faults.markdown(rows))
+        rows = []
+        for row in table.rows_of(folder / "table", args.only or list(faults.FAULTS)):
+            rows.append(row)
+            if args.table:
+                args.table.parent.mkdir(parents=True, exist_ok=True)
+                args.table.write_text(table.markdown(rows))
     shutil.rmtree(folder)
 
 

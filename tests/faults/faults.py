@@ -1,7 +1,7 @@
 """Every other fault, done to the short run once: what the user sees, what is left on disk, and how the run continues.
 
 `FAULTS` lists them. Each is a function of a `Place` (a folder of its own, and the commands) that breaks something, checks that
-nothing is lost, and returns its row of the table: `python -m tests.faults --table=docs/faults.md` writes it.
+nothing is lost, and returns its row of the table (`table.py`).
 """
 
 import contextlib
@@ -373,37 +373,3 @@ FAULTS: Mapping[str, Callable[[Place], Row]] = {
         skipped, rolled_back, other_devices, lost_process,
     )
 }  # fmt: skip
-
-
-def markdown(rows: list[Row]) -> str:
-    """The page of the table."""
-    body = [f"| {row.fault} | `{row.says}` ({row.status}) | {row.left} | {row.goes_on} |" for row in rows]
-    header = ["| fault | what it says (exit status) | what is on disk | how it goes on |", "|---|---|---|---|"]
-    return "\n".join([*PREAMBLE.strip().splitlines(), "", *header, *body]) + "\n"
-
-
-PREAMBLE = """
-# Faults
-
-What a run says when something breaks, what is left on disk, and how it continues. Each row was made by breaking a short run
-(`python -m tests.faults --table=docs/faults.md`): one layer of S5 with batch statistics and dropout on ListOps records, a
-checkpoint every 3 steps. "Bit-identical" compares every array of the last checkpoint and every line of metrics.jsonl, but for
-times, with a run that nothing happened to. Kills at random moments are counted in `results/cpu/faults/kills.json`.
-
-Exit statuses: 2 what was asked for is wrong or cannot be read or written, 3 a checkpoint failed, 4 diverged, 5 the folder is in
-use, 6 another process failed, 75 stopped by a signal; the same command continues in all cases once the cause is gone.
-"""
-
-
-def table(folder: pathlib.Path, names: list[str]) -> list[Row]:
-    """The rows of the named faults, each done now, in `folder`."""
-    data, reference = folder / "data", folder / "reference"
-    status, program = programs.run(runs.train(reference, data, *SHORT), folder / "program")
-    assert status == 0, program.err
-    rows = []
-    for name in names:
-        place = Place(folder / name, data, reference)
-        place.folder.mkdir()
-        rows.append(FAULTS[name](place))
-        print(f"{name}: {rows[-1].says}", flush=True)
-    return rows

@@ -107,15 +107,17 @@ def call(function: Callable[..., Any], *arguments: Any, files: pathlib.Path) -> 
 def _fork(body: Callable[[], None], files: pathlib.Path) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
+    outputs = [os.open(files.with_suffix(suffix), os.O_WRONLY | os.O_CREAT | os.O_TRUNC) for suffix in (".out", ".err")]
     if pid := os.fork():
+        for output in outputs:
+            os.close(output)
         return pid
     status = 70
     try:
         os.setsid()
         os.chdir(ROOT)
-        for number, suffix in ((1, ".out"), (2, ".err")):
-            target = os.open(files.with_suffix(suffix), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(target, number)
+        for number, output in enumerate(outputs, start=1):
+            os.dup2(output, number)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         status = _status_of(body)

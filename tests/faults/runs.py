@@ -106,7 +106,8 @@ def _digests(workdir: pathlib.Path) -> dict[str, str]:
     from efficient_attn.evaluation import open_checkpoints
     from efficient_attn.plan import make_plan
 
-    plan = make_plan(json.loads((workdir / "run.json").read_text())["config"])
+    config = json.loads((workdir / "run.json").read_text())["config"]
+    plan = make_plan({**config, "sharding": {}})  # whatever devices it ran on
     checkpoints = open_checkpoints(plan, workdir)
     _, state, _ = checkpoints.restore_latest(plan.state)
     checkpoints.close()
