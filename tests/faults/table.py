@@ -9,7 +9,7 @@ from tests.faults.faults import FAULTS, SHORT, Place, Row
 
 def markdown(rows: list[Row]) -> str:
     """The page of the table."""
-    body = [f"| {row.fault} | `{row.says}` ({row.status}) | {row.left} | {row.goes_on} |" for row in rows]
+    body = [f"| {row.fault} | `{row.says.replace('`', "'")}` ({row.status}) | {row.left} | {row.goes_on} |" for row in rows]
     header = ["| fault | what it says (exit status) | what is on disk | how it goes on |", "|---|---|---|---|"]
     return "\n".join([*PREAMBLE.strip().splitlines(), "", *header, *body]) + "\n"
 
