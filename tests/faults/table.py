@@ -9,7 +9,10 @@ from tests.faults.faults import FAULTS, SHORT, Place, Row
 
 def markdown(rows: list[Row]) -> str:
     """The page of the table."""
-    body = [f"| {row.fault} | `{row.says.replace('`', "'")}` ({row.status}) | {row.left} | {row.goes_on} |" for row in rows]
+    body = []
+    for row in rows:
+        says = row.says.replace("`", "'")
+        body.append(f"| {row.fault} | `{says}` ({row.status}) | {row.left} | {row.goes_on} |")
     header = ["| fault | what it says (exit status) | what is on disk | how it goes on |", "|---|---|---|---|"]
     return "\n".join([*PREAMBLE.strip().splitlines(), "", *header, *body]) + "\n"
 
