@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from efficient_attn.arguments import lookup
 from efficient_attn.losses import Unprojected
 from efficient_attn.mixers import MIXERS
 from efficient_attn.mixers.context import Context
@@ -27,7 +28,7 @@ class LanguageModel(Trunk):
     def has_memory(self) -> bool:
         """Whether a layer carries state from segment to segment."""
         mixers = mixers_by_depth(self.mixer, self.depth)
-        return any(getattr(MIXERS[mixer["name"]].constructor, "has_memory", False) for mixer in mixers)
+        return any(getattr(lookup(MIXERS, m.get("name"), "model.mixer.name").constructor, "has_memory", False) for m in mixers)
 
     @nn.compact
     def __call__(self, inputs: Int[Array, "B L"], ctx: Context, *, project: bool = True) -> Float[Array, "B L V"] | Unprojected:
