@@ -235,27 +235,36 @@ def compiled_step(plan):
 
 
 _COLLECTIVE = re.compile(
-    r"%?(\S+) = (\(.*?\)|\S+) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
+    r"%(\S+) = (\(.*?\)|\S+) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
 )
+_ELEMENT = re.compile(r"%(\S+) = \S+ get-tuple-element\(%(\S+)\), index=(\d+)")
 
 
 def counted(program: str, full: int) -> dict[str, dict[str, int]]:
-    """For each kind of collective in a compiled program: how many, and how many numbers they yield on a device.
+    """For each kind of collective in a compiled program: arrays, and how many numbers they have on a device.
 
-    XLA's CPU backend writes a reduce-scatter as an all-reduce of which each device keeps its slice; those are counted apart.
+    XLA's CPU backend writes a reduce-scatter as an all-reduce of which each device uses its slice alone; those are counted apart.
     full: numbers of the largest parameter.
     """
     lines = program.splitlines()
-    sliced = {name for line in lines if "dynamic-slice" in line for name in re.findall(r"%(all-reduce[\w.\-]*)", line)}
+    elements = {(m[2], int(m[3])): m[1] for m in map(_ELEMENT.search, lines) if m}
     found: dict[str, collections.Counter] = {}
     for line in lines:
         if match := _COLLECTIVE.search(line):
             name, shapes, kind = match.groups()
-            kind = "all-reduce of which a slice is kept" if kind == "all-reduce" and name in sliced else kind
             sizes = [math.prod(int(n) for n in shape.split(",") if n) for shape in re.findall(r"\w+\[([\d,]*)\]", shapes)]
-            found.setdefault(kind, collections.Counter()).update({"count": 1, "numbers": sum(sizes)})
-            found[kind]["largest"] = max(found[kind]["largest"], *sizes)
+            for i, size in enumerate(sizes):
+                is_cut = kind == "all-reduce" and _is_cut(elements.get((name, i), name), lines)
+                counter = found.setdefault("all-reduce, then a slice" if is_cut else kind, collections.Counter())
+                counter.update({"arrays": 1, "numbers": size})
+                counter["largest"] = max(counter["largest"], size)
     return {kind: dict(counter) for kind, counter in sorted(found.items())} | {"largest parameter": full}
+
+
+def _is_cut(name: str, lines: list[str]) -> bool:
+    """Whether every use of an array takes the part that belongs to the device."""
+    users = [line for line in lines if re.search(rf"[(, ]%{re.escape(name)}[,)]", line.partition(" = ")[2])]
+    return bool(users) and all("partition-id" in line for line in users)
 
 
 def main(_):

@@ -45,8 +45,8 @@ def along(size: int, axes: Axes) -> Axes | None:
     return present if len(present) > 1 else present[0]
 
 
-def constrain(x: Shaped[Array, "..."], *axes: Axes | None) -> Shaped[Array, "..."]:
-    """`x` laid out along these axes of the mesh, one for each of its own (None: whole), where they divide it evenly."""
+def constrain(x: Shaped[Array, "..."], *axes: Any) -> Shaped[Array, "..."]:
+    """`x` laid out along these axes of the mesh, one for each of its own (None: whole; `FREE`), where they divide it evenly."""
     if not _sizes():
         return x
     spec = (a if a in (None, FREE) else along(n, a) for n, a in zip(x.shape, axes, strict=True))
@@ -54,5 +54,5 @@ def constrain(x: Shaped[Array, "..."], *axes: Axes | None) -> Shaped[Array, "...
 
 
 def map_shards(fn: Callable, in_specs: Any, out_specs: Any) -> Callable:
-    """`fn` as the program of each device (`jax.shard_map` over the whole mesh); gradients of copies are added up."""
-    return jax.shard_map(fn, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    """`fn` as the program of each device (`jax.shard_map` over the axes that split anything); gradients of copies are added."""
+    return jax.shard_map(fn, in_specs=in_specs, out_specs=out_specs, axis_names=set(_sizes()), check_vma=False)

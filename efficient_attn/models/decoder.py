@@ -9,6 +9,7 @@ from efficient_attn.losses import Unprojected
 from efficient_attn.mixers import MIXERS
 from efficient_attn.mixers.context import Context
 from efficient_attn.models.trunk import Trunk, mixers_by_depth
+from kernels import mesh
 
 
 class LanguageModel(Trunk):
@@ -43,7 +44,8 @@ class LanguageModel(Trunk):
             layer = nn.Dense(self.num_outputs, use_bias=self.use_bias, dtype=jnp.float32, name="head")
             method = "__call__"
         if project:
-            return getattr(layer, method)(hidden).astype(jnp.float32)
+            logits = getattr(layer, method)(hidden).astype(jnp.float32)
+            return mesh.constrain(logits, mesh.ROWS, mesh.SEQ, mesh.FREE)
         module, variables = layer.unbind()
 
         def logits(params, hidden):
