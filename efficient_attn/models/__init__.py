@@ -6,7 +6,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from efficient_attn.arguments import ConfigError, check_arguments, lookup
+from efficient_attn.arguments import ConfigError, arguments_of, check_arguments, lookup
 from efficient_attn.mixers import MIXERS
 from efficient_attn.models import moe
 from efficient_attn.models.blocks import NORMS, POOLINGS, REMAT_POLICIES
@@ -47,7 +47,8 @@ def build(model: Mapping[str, Any], task: Task) -> nn.Module:
     check_arguments(model_class, {**arguments, **from_task}, "model")
     if architecture != "trunk":
         return model_class(**arguments, **from_task, dtype=dtype)
-    mixers = mixers_by_depth(arguments["mixer"], arguments["depth"])
+    depth = arguments.get("depth", arguments_of(model_class)["depth"].default)
+    mixers = mixers_by_depth(arguments["mixer"], depth)
     if task.head == "lm" and not all(m.get("causal") for m in mixers):
         without = [m["name"] for m in mixers if not lookup(MIXERS, m.get("name"), "model.mixer.name").causal]
         if without:
@@ -59,7 +60,7 @@ def build(model: Mapping[str, Any], task: Task) -> nn.Module:
     if arguments.get("pooling") == "cls" and (draws or arguments.get("positions", {}).get("per_layer")):
         raise ConfigError("model.pooling='cls' goes with no position_sampling and no positions per layer; use 'mean'")
     if "experts" in arguments:
-        routings = [moe.routing(experts) for experts in by_depth(arguments["experts"], arguments["depth"], "model.experts")]
+        routings = [moe.routing(experts) for experts in by_depth(arguments["experts"], depth, "model.experts")]
         if any(routings) and not arguments.get("feed_forward_width"):
             raise ConfigError("model.experts makes mixtures of feed-forward networks: set model.feed_forward_width")
         if any(routings) and arguments.get("feed_forward_chunk"):
