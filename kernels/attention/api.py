@@ -122,6 +122,8 @@ def explain(
 
 
 def _choose(call: Call, return_lse: bool, implementation: str | None) -> Choice:
+    if not isinstance(return_lse, bool):
+        raise ValueError(f"attend: return_lse is {type(return_lse).__name__}; True or False is expected")
     spec = spec_of(call, return_lse, jax.default_backend())
     return choose("attend", IMPLEMENTATIONS, preference(spec.platform), spec, implementation, told=GPU_KERNELS)
 
