@@ -55,7 +55,7 @@ class TransformerXL(Attention):
         v = self._dense((kv_heads, head_dim), "value")(seen)
         methods = self._position_methods(x.shape[-1], ctx)
         if ctx.decode:
-            return self._dense(x.shape[-1], "out", axis=(-2, -1))(self._decode(methods, q, k, v))
+            return self._dense(x.shape[-1], "out", axis=(-2, -1))(self._decode(methods, q, k, v, ctx))
         options = dict(mask=self.mask(x.shape[1]), segment_ids=(ids, jnp.concatenate([past_ids, ids], axis=1)))
         if ctx.train and self.dropout:
             options["dropout"] = Dropout(self.dropout, self.make_rng("dropout"))
