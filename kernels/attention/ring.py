@@ -56,13 +56,13 @@ def attend(local: Local, call: Call) -> Part:
 
 def layout(mask: Mask, L: int, n: int) -> tuple[bool, int]:
     """(whether tokens are dealt out, how many steps of the ring there are) for L tokens on n devices."""
-    size = min(L // n, 64)
-    lo = np.arange(0, L, size)
-    hi = np.minimum(lo + size, L) - 1
+    stretch = L // n
+    lo = (np.arange(n)[:, None] * stretch + np.arange(0, stretch, 64)).ravel()
+    device = lo // stretch  # no tile is on two
+    hi = np.minimum(lo + 64, (device + 1) * stretch) - 1
     wanted = sum(np.asarray(m.tile(lo[:, None], hi[:, None], lo[None], hi[None])) != SKIP for m in of_heads(mask)) > 0
-    blocks = np.arange(len(lo)) * size * n // L  # which device a block is on
     work = np.zeros((n, n), int)
-    np.add.at(work, (blocks[:, None], blocks[None]), wanted)
+    np.add.at(work, (device[:, None], device[None]), wanted)
     is_uneven = work.sum(1).max() > UNEVEN * work.sum(1).mean()
     if is_uneven and L % n**2 == 0:
         return True, n

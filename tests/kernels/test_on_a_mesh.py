@@ -8,11 +8,13 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from kernels import mesh
+from kernels.attention import masks, ring
 from kernels.matmul import matmul
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -60,6 +62,15 @@ def test_the_ring_runs_where_the_devices_divide_the_length_and_says_why_not_else
 
 def test_tokens_are_dealt_out_where_contiguous_stretches_would_have_unequal_work(found):
     assert found["layouts"] == {"causal": [True, 8], "window": [False, 2], "full": [False, 8]}
+
+
+@pytest.mark.parametrize("block", [4, 16, 64])
+def test_no_step_of_the_ring_is_left_out_where_devices_end_between_tiles(block):
+    mask, L, n = masks.BlockLocal(block), 400, 4  # stretches of 100
+    p = np.arange(L)
+    device = p * n // L
+    shifts = ((device[:, None] - device[None]) % n)[np.asarray(mask.allowed(p[:, None], p[None]))]
+    assert ring.layout(mask, L, n)[1] == 1 + shifts.max()
 
 
 def abstract(**sizes):
