@@ -63,7 +63,7 @@ class Guard:
         (The loop knows no later one when it starts the step, and a resumed run, which knows more, must decide alike.)
         Infinite where `spike_factor` is 0 or too few steps are known.
         """
-        known = [norm for at, norm in self.norms if at <= step - 2]
+        known = [norm for at, norm in self.norms if at <= step - 2][-HISTORY:]
         if not spike_factor or 4 * len(known) < HISTORY:
             return math.inf
         return float(np.float32(spike_factor * statistics.median(known)))  # as the device compares
