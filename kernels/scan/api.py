@@ -99,7 +99,8 @@ def linear_scan(
 
 
 def _on_mesh(a, b, h0, reset, reverse: bool, implementation: str):
-    h0 = jnp.zeros((b.shape[0], *b.shape[2:]), _state_dtype(a, b, h0)) if h0 is None else h0
+    dtype = _state_dtype(a, b, h0)
+    h0 = jnp.zeros((b.shape[0], *b.shape[2:]), dtype) if h0 is None else h0.astype(dtype)
     state = "M" + "-" * (b.ndim - 3) if b.ndim > 2 else ""
     time_varying = a.ndim == b.ndim
 

@@ -83,11 +83,11 @@ def ssd(
     dtype = _state_dtype(x, dt, A, B, C, D, dt_bias, h0)
     batch, _, heads, head_dim = x.shape
     groups, states = B.shape[2:]
-    h0 = jnp.zeros((batch, heads, head_dim, states), dtype) if h0 is None else h0
+    h0 = jnp.zeros((batch, heads, head_dim, states), dtype) if h0 is None else h0.astype(dtype)
     if carried.is_split():
         arrays = dict(x=x, dt=dt, A=A, B=B, C=C, D=D, dt_bias=dt_bias, reset=reset)
         return _on_mesh(arrays, h0, softplus, dt_limit, reverse, choice.name)
-    full, dt, A, B, C, D, dt_bias, h0 = (v if v is None else v.astype(dtype) for v in (x, dt, A, B, C, D, dt_bias, h0))
+    full, dt, A, B, C, D, dt_bias = (v if v is None else v.astype(dtype) for v in (x, dt, A, B, C, D, dt_bias))
     dt = _step_sizes(dt, dt_bias, softplus, dt_limit)
     log_decay = _log_decay(dt, A, None if reset is None else keeps(reset, reverse, dtype))
 

@@ -87,7 +87,7 @@ SCANS = {
     "linear, reverse": (dict(seq=8), scanned(linear_scan, reset=RESET, reverse=True), dict(a=DECAY, b=normal(2, L, 6))),
     "linear, time-invariant": (
         dict(seq=4, model=2),
-        lambda x: jax.tree.map(real_and_imaginary, linear_scan(x["a"], x["b"] + 0j, h0=x["h0"] + 0j)),
+        lambda x: jax.tree.map(real_and_imaginary, linear_scan(x["a"], x["b"], h0=x["h0"])),
         dict(a=ROTATION, b=normal(2, L, 6), h0=normal(2, 6)),
     ),
     "selective": (dict(data=2, seq=2, model=2), scanned(selective_scan, reset=RESET), S6),
