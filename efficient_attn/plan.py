@@ -64,6 +64,12 @@ class Plan:
         rows = self.train.batch_size * self.train.replicas
         return rows * self.task.length * (2 if self.task.head == "match" else 1)
 
+    @property
+    def step_options(self) -> dict[str, Any]:
+        """What `steps.train_step` takes besides model, optimiser, state and batch."""
+        fields = ("label_smoothing", "accumulate", "loss_chunk")
+        return {name: getattr(self.train, name) for name in fields} | {"ema": self.optimizer.ema}
+
     def placement(self) -> sharding.Placement:
         """The mesh of devices. Raises `ConfigError` where the devices here cannot make it."""
         return sharding.Placement(self.mesh, self.specs, self.task.length)

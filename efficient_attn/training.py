@@ -212,11 +212,10 @@ class Loop:
     def __init__(self, plan: Plan, placement: Placement, checkpoints, metrics, displays: list[Display], progress: Progress, stop):
         self.plan, self.placement, self.checkpoints, self.metrics = plan, placement, checkpoints, metrics
         self.displays, self.progress, self.stop = displays, progress, stop
-        train, chunk = plan.train, {"loss_chunk": plan.train.loss_chunk}
-        options = dict(label_smoothing=train.label_smoothing, accumulate=train.accumulate, ema=plan.optimizer.ema, **chunk)
-        step = replicas.train(functools.partial(train_step, plan.model, plan.tx, **options), plan.train.replicas)
+        step = replicas.train(functools.partial(train_step, plan.model, plan.tx, **plan.step_options), plan.train.replicas)
         self.train_step = jax.jit(step, donate_argnums=0, out_shardings=(placement.state, placement.whole))
-        score = replicas.evaluate(functools.partial(eval_step, plan.model, **chunk), plan.train.replicas)
+        score = functools.partial(eval_step, plan.model, loss_chunk=plan.train.loss_chunk)
+        score = replicas.evaluate(score, plan.train.replicas)
         self.eval_step = jax.jit(score, out_shardings=placement.whole)
         self.all_finite = jax.jit(all_finite, out_shardings=placement.whole)
         self.learning_rate = optim.learning_rate(plan.optimizer, plan.warmup, plan.total)

@@ -40,7 +40,7 @@ def measure(config: Mapping[str, Any]) -> Cost:
     """
     placed = sharding.for_devices_here(config.get("sharding", {}))
     plan = make_plan({**config, "sharding": placed, "train": {**config["train"], "replicas": 1}})
-    step = functools.partial(train_step, plan.model, plan.tx, accumulate=plan.train.accumulate, ema=plan.optimizer.ema)
+    step = functools.partial(train_step, plan.model, plan.tx, **plan.step_options)
     batch = example_batch(plan.task, plan.train.batch_size)
     counted = flops.of(step, plan.state, batch)
     memory = jax.jit(step, donate_argnums=0).lower(plan.state, batch).compile().memory_analysis()
