@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from efficient_attn import evaluation, workdir
 from efficient_attn.mixers.context import Context
-from efficient_attn.plan import Plan, make_plan
+from efficient_attn.plan import Plan
 from efficient_attn.reporting import figures
 from efficient_attn.steps import MEMORY
 from efficient_attn.tasks.base import Split
@@ -147,9 +147,7 @@ def load(folder: pathlib.Path, split: Split, tokens: int) -> Run:
 
     Raises `WorkdirError` where there is none, and `AnalysisError` where the run is no language model of running text.
     """
-    if not (folder / "run.json").exists():
-        raise workdir.WorkdirError(f"{folder} holds no run (no run.json); give the --workdir of a train.py run")
-    plan = make_plan(workdir.read_json(folder / "run.json")["config"])
+    _, plan = evaluation.open_run(folder)
     if not hasattr(plan.task, "tokens"):
         raise AnalysisError(f"analyses are of language models on running text; the run's task is {plan.config['task']['name']}")
     if plan.train.replicas > 1:

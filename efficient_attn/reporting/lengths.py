@@ -31,11 +31,8 @@ def score(folder: pathlib.Path, lengths: Sequence[int]) -> list[Row]:
 
     Raises `WorkdirError` where `folder` holds no run, or a model whose parameters depend on the length (learned positions).
     """
-    if not (folder / "run.json").exists():
-        raise workdir.WorkdirError(f"{folder} holds no run (no run.json)")
-    run = workdir.read_json(folder / "run.json")
-    config = run["config"]
-    trained = make_plan(config)
+    run, trained = evaluation.open_run(folder)
+    config = trained.config
     rows = []
     for length in lengths:
         changed = copy.deepcopy(config)
@@ -109,8 +106,7 @@ def main() -> None:
     names = {row["name"] for row in rows}
     if len(names) > 1:
         raise workdir.WorkdirError(f"the runs are of several configurations, {', '.join(sorted(names))}: score them apart")
-    run = workdir.read_json(folders[0] / "run.json")
-    task = make_plan(run["config"]).task
+    task = evaluation.open_run(folders[0])[1].task
     figure = out.with_name(f"{out.name}.png")
     draw(rows, task.metric, task.floors if task.metric == "accuracy" else {}, figure)
     command = "python -m efficient_attn.reporting.lengths " + " ".join(sys.argv[1:])

@@ -51,6 +51,14 @@ def test_a_task_says_which_of_its_arguments_is_the_length(tmp_path, monkeypatch)
     assert [(row["trained_at"], row["length"], row["loss"]) for row in rows] == [(64, 32, 32.0), (64, 512, 512.0)]
 
 
+def test_a_run_on_a_mesh_of_other_devices_is_scored_on_those_here(tmp_path, scored):
+    folder = run_folder(tmp_path / "s0", "s5", 0)
+    run = workdir.read_json(folder / "run.json")
+    run["config"]["sharding"]["fsdp"] = 2**10
+    workdir.write_json(folder / "run.json", run)
+    assert [row["length"] for row in lengths.score(folder, [32, 64])] == [32, 64]
+
+
 def test_of_replicas_every_seed_has_a_row(tmp_path, monkeypatch):
     scores = {"step": 7, "test_accuracy": 0.5, "test_accuracy_by_seed": [0.4, 0.6]}
     monkeypatch.setattr(evaluation, "score_best", lambda plan, folder: scores)
