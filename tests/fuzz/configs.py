@@ -105,10 +105,7 @@ def accept(config: Any) -> str:
     count = plan.train.replicas
     rows = example_batch(plan.task, plan.train.batch_size)
     batch = rows if count == 1 else jax.tree.map(lambda x: jax.ShapeDtypeStruct((len(x), count, *x.shape[1:]), x.dtype), rows)
-    step = functools.partial(
-        train_step, plan.model, plan.tx, label_smoothing=plan.train.label_smoothing, accumulate=plan.train.accumulate,
-        ema=plan.optimizer.ema,
-    )  # fmt: skip
+    step = functools.partial(train_step, plan.model, plan.tx, **plan.step_options)
     jax.eval_shape(replicas.train(step, count), plan.state, batch)
     return "right"
 
