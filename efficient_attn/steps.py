@@ -11,16 +11,13 @@ import optax
 from jaxtyping import Array, Bool
 
 from efficient_attn.losses import Sums, chunked_cross_entropy, cross_entropy
-from efficient_attn.mixers.context import Context
+from efficient_attn.mixers.context import MEMORY, Context
 
 PyTree = Any
 Batch = Mapping[str, Any]
 
 TRANSIENT = ("losses", "intermediates", "cache")
 """Collections that a step may write and the state does not keep."""
-
-MEMORY = "memory"
-"""The collection with a row for each stream: what its next segment continues from. All zeros is a memory of nothing."""
 
 
 @flax.struct.dataclass

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from efficient_attn.arguments import lookup
-from efficient_attn.mixers.context import Context
-from efficient_attn.mixers.transformer_xl import MEMORY, Ids, States, TransformerXL
+from efficient_attn.mixers.context import MEMORY, Context
+from efficient_attn.mixers.transformer_xl import Ids, States, TransformerXL
 from kernels.attention import attend
 
 Compressed = tuple[Float[Array, "B n E"], Int[Array, "B n"]]

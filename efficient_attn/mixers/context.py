@@ -7,6 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+MEMORY = "memory"
+"""The collection with a row for each stream: what its next segment continues from. All zeros is a memory of nothing."""
+
 
 @flax.struct.dataclass
 class Paging:

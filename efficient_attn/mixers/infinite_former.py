@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from efficient_attn.mixers.context import Context
-from efficient_attn.mixers.transformer_xl import MEMORY, Ids, TransformerXL
+from efficient_attn.mixers.context import MEMORY, Context
+from efficient_attn.mixers.transformer_xl import Ids, TransformerXL
 
 
 def normal_pdf(x: Float[Array, "*#n"], mean: Float[Array, "*#n"], variance: Float[Array, "*#n"]) -> Float[Array, "*n"]:

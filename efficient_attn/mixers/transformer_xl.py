@@ -14,11 +14,10 @@ from flax.core import FrozenDict
 from jaxtyping import Array, Float, Int
 
 from efficient_attn.mixers.attention import Attention
-from efficient_attn.mixers.context import Context
+from efficient_attn.mixers.context import MEMORY, Context
 from efficient_attn.positions import Places
 from kernels.attention import Dropout
 
-MEMORY = "memory"
 States = Float[Array, "B M E"]
 Ids = Int[Array, "B M"]
 
