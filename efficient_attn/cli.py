@@ -21,8 +21,8 @@ EXIT_CODES = {
     ConfigError: 2, TaskError: 2, WorkdirError: 2, CheckpointError: 3, TrainingDiverged: 4, WorkdirBusy: 5, PeerError: 6,
     Preempted: 75,
 }  # fmt: skip
-"""Exit status by error; 5: another run has the folder; 6: another process of the run failed; 75 is sysexits' EX_TEMPFAIL: the
-same command continues the run."""
+"""Exit status by error, else by its nearest ancestor; 5: another run has the folder; 6: another process of the run failed; 75 is
+sysexits' EX_TEMPFAIL: the same command continues the run."""
 
 
 def define_config() -> flags.FlagHolder:
@@ -43,7 +43,7 @@ def run(main: Callable[[], None]) -> None:
         try:
             main()
         except tuple(EXIT_CODES) as error:
-            _fail(f"{error}", EXIT_CODES[type(error)])
+            _fail(f"{error}", next(EXIT_CODES[kind] for kind in type(error).__mro__ if kind in EXIT_CODES))
         except KeyboardInterrupt:
             _fail("interrupted; the same command continues", 130)
 
