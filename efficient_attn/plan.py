@@ -119,6 +119,10 @@ def make_plan(config: Config) -> Plan:
     model = models.build(config["model"], task)
     if getattr(model, "has_memory", False) and not task.contiguous:
         raise ConfigError("model.mixer remembers the segment before: it needs a task of streams (lm_text, task.order='streams')")
+    if getattr(model, "has_memory", False) and train.on_divergence == "rollback":
+        raise ConfigError(
+            "train.on_divergence='rollback' leaves batches out, and model.mixer remembers the segment before; choose 'skip' or 'stop'"
+        )
 
     def steps(duration: str, field: str) -> int:
         return in_steps(duration, batch_size=train.batch_size, num_examples=task.sizes["train"], field=field)

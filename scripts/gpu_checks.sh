@@ -3,7 +3,7 @@
 # Every part writes after each row and goes on where it stopped, so that this script can be stopped and run again.
 # Files: results/<device>/, kernels/numerics/<device>.json, kernels/blocks/<device>.json. Commit them.
 #
-#     PYTHON=python3 scripts/gpu_session.sh          the Python with a CUDA build of jax: pip install "jax[cuda13]"
+#     PYTHON=python3 scripts/gpu_checks.sh          the Python with a CUDA build of jax: pip install "jax[cuda13]"
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON="${PYTHON:-python3}"
