@@ -121,7 +121,8 @@ def make_plan(config: Config) -> Plan:
         raise ConfigError("model.mixer remembers the segment before: it needs a task of streams (lm_text, task.order='streams')")
     if getattr(model, "has_memory", False) and train.on_divergence == "rollback":
         raise ConfigError(
-            "train.on_divergence='rollback' leaves batches out, and model.mixer remembers the segment before; choose 'skip' or 'stop'"
+            "train.on_divergence='rollback' leaves batches out, and model.mixer remembers the segment before: "
+            "choose 'skip' or 'stop'"
         )
 
     def steps(duration: str, field: str) -> int:

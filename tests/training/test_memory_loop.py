@@ -50,5 +50,5 @@ def test_memory_needs_a_task_of_streams(tmp_path):
 def test_memory_is_not_rolled_back_past_batches_left_out(tmp_path):
     config = config_of(tmp_path, 2)
     config.train.on_divergence = "rollback"
-    with pytest.raises(ConfigError, match="leaves batches out, and model.mixer remembers"):
+    with pytest.raises(ConfigError, match=r"rollback.* leaves batches out"):
         make_plan(config)
