@@ -167,6 +167,8 @@ def _with_causality(mixer: Any, *, causal: bool) -> Any:
 def _complete(constructor: Callable, given: Mapping[str, Any], field: str) -> dict[str, Any]:
     """`given` and the defaults of all other arguments, nested dict(name=...) fields likewise."""
     from_task = {k: 1 for k in models.FROM_TASK if k in arguments_of(constructor)} if field == "model" else {}
+    for key in sorted(TABLES.keys() & given.keys() & arguments_of(constructor).keys()):
+        _check_named(given[key], f"{field}.{key}")
     check_arguments(constructor, {**from_task, **given}, field)
     complete = {}
     for key, argument in arguments_of(constructor).items():
@@ -181,11 +183,18 @@ def _complete(constructor: Callable, given: Mapping[str, Any], field: str) -> di
     return complete
 
 
+def _check_named(value: Any, field: str) -> None:
+    if isinstance(value, tuple | list):
+        for i, one in enumerate(value):
+            _check_named(one, f"{field}.{i}")
+    elif not isinstance(value, Mapping) or "name" not in value:
+        raise ConfigError(f"{field} must be dict(name=..., its arguments), got {value!r}")
+
+
 def _complete_named(key: str, value: Any, field: str) -> Any:
     if isinstance(value, tuple | list):
         return tuple(_complete_named(key, v, f"{field}.{i}") for i, v in enumerate(value))
-    if not isinstance(value, Mapping) or "name" not in value:
-        raise ConfigError(f"{field} must be dict(name=..., its arguments), got {value!r}")
+    _check_named(value, field)
     constructor = TABLES[key](value["name"])
     return {"name": value["name"], **_complete(constructor, _without_name(value), field)}
 
