@@ -117,13 +117,8 @@ def make_plan(config: Config) -> Plan:
     if train.wandb and importlib.util.find_spec("wandb") is None:
         raise ConfigError("train.wandb=True needs the wandb package: pip install wandb")
     model = models.build(config["model"], task)
-    if getattr(model, "has_memory", False) and not task.contiguous:
-        raise ConfigError("model.mixer remembers the segment before: it needs a task of streams (lm_text, task.order='streams')")
-    if getattr(model, "has_memory", False) and train.on_divergence == "rollback":
-        raise ConfigError(
-            "train.on_divergence='rollback' leaves batches out, and model.mixer remembers the segment before: "
-            "choose 'skip' or 'stop'"
-        )
+    if getattr(model, "has_memory", False):
+        _check_memory(task, train)
 
     def steps(duration: str, field: str) -> int:
         return in_steps(duration, batch_size=train.batch_size, num_examples=task.sizes["train"], field=field)
@@ -168,6 +163,17 @@ def _check_sections(config: Mapping[str, Any]) -> None:
     for key, kind in known.items():
         if (key in SECTIONS or key in config) and not isinstance(config.get(key), kind):
             raise ConfigError(f"the configuration's {key} must be {TYPE_NAMES.get(kind, 'a dict')}, got {shown(config.get(key))}")
+
+
+def _check_memory(task: Task, train: TrainConfig) -> None:
+    """Raise `ConfigError` where rows of a batch would not continue those of the batch before, whose memory they get."""
+    if not task.contiguous:
+        raise ConfigError("model.mixer remembers the segment before: it needs a task of streams (lm_text, task.order='streams')")
+    if train.on_divergence == "rollback":
+        raise ConfigError(
+            "train.on_divergence='rollback' leaves batches out, and model.mixer remembers the segment before: "
+            "choose 'skip' or 'stop'"
+        )
 
 
 def _construct(constructor: Any, values: Mapping[str, Any], field: str) -> Any:
