@@ -23,7 +23,8 @@ PREAMBLE = """
 What a run says when something breaks, what is left on disk, and how it continues. Each row was made by breaking a short run
 (`python -m tests.faults --table=docs/faults.md`): one layer of S5 with batch statistics and dropout on ListOps records, a
 checkpoint every 3 steps. "Bit-identical" compares every array of the last checkpoint and every line of metrics.jsonl, but for
-times, with a run that nothing happened to. Kills at random moments are another command: `python -m tests.faults --kills=200 --seed=0`.
+times, with a run that nothing happened to. Kills at random moments are another command:
+`python -m tests.faults --kills=200 --seed=0`.
 
 Exit statuses: 2 what was asked for is wrong or cannot be read or written, 3 a checkpoint failed, 4 diverged, 5 the folder is in
 use, 6 another process failed, 75 stopped by a signal; the same command continues in all cases once the cause is gone.
