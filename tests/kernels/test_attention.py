@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import attention_cases
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +11,7 @@ from kernels import attention
 from kernels.attention import Dropout, biases, chunked, explain, masks
 from kernels.attention.api import IMPLEMENTATIONS
 from kernels.attention.call import Call
+from tests.kernels import attention_cases
 
 FAST = sorted(set(IMPLEMENTATIONS) - attention_cases.TESTED_APART - {"reference"})
 NAMES = [*FAST, "reference"]

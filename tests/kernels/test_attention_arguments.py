@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_cases import TESTED_APART
 
 from kernels.attention import attend, biases, masks
 from kernels.attention.api import IMPLEMENTATIONS
+from tests.kernels.attention_cases import TESTED_APART
 
 Q, K, V = (jax.random.normal(key, (1, 20, 2, 4)) for key in jax.random.split(jax.random.key(0), 3))
 

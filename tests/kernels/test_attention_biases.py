@@ -4,8 +4,6 @@ import functools
 import json
 import math
 
-import attention_bias_cases as cases
-import attention_cases
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +13,8 @@ from kernels import attention
 from kernels.attention import biases, chunked, explain, masks, portable
 from kernels.attention.api import IMPLEMENTATIONS
 from kernels.attention.call import Call
+from tests.kernels import attention_bias_cases as cases
+from tests.kernels import attention_cases
 
 FAST = sorted(set(IMPLEMENTATIONS) - attention_cases.TESTED_APART - {"reference"})
 TOLERANCE = 1e-4  # the oracle folder's own, for another float32 implementation

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_cases import TESTED_APART
 
 from kernels import attention
 from kernels.attention import biases, explain, masks
 from kernels.attention.api import IMPLEMENTATIONS
+from tests.kernels.attention_cases import TESTED_APART
 
 TOLERANCE = 1e-4  # the oracle folder's own, for another float32 implementation
 NAMES = sorted(set(IMPLEMENTATIONS) - TESTED_APART)

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import position_cases as cases
 import pytest
 
 from efficient_attn import positions
@@ -16,6 +15,7 @@ from efficient_attn.config import experiment
 from efficient_attn.mixers import Attention, Context
 from efficient_attn.plan import make_plan
 from efficient_attn.steps import init_state, train_step
+from tests.positions import position_cases as cases
 
 B, L, E, CHUNK = 2, 12, 8, 4
 INDEX = np.arange(L)[None]

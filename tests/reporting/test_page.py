@@ -10,11 +10,11 @@ import shutil
 import subprocess
 
 import pytest
-from fake_runs import write_run, write_table
 from PIL import Image
 
 from efficient_attn import workdir
 from efficient_attn.reporting import compare, costs, plots, tables
+from tests.reporting.fake_runs import write_run, write_table
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 QUIET = ("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--hide-scrollbars", "--disable-background-networking",

@@ -5,12 +5,12 @@ import subprocess
 import sys
 
 import pytest
-from fake_runs import write_run, write_table
 
 from efficient_attn import workdir
 from efficient_attn.reporting import runs
 from efficient_attn.reporting.runs import State
 from efficient_attn.reporting.summary import expected_config
+from tests.reporting.fake_runs import write_run, write_table
 
 
 @pytest.fixture

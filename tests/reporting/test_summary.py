@@ -8,8 +8,6 @@ import statistics
 import time
 
 import pytest
-from fake_runs import TABLE, write_run, write_table
-from test_runs import DAMAGE, edit
 
 from efficient_attn import workdir
 from efficient_attn.arguments import ConfigError
@@ -17,6 +15,8 @@ from efficient_attn.config import normal_form
 from efficient_attn.reporting import summary, tables, text
 from efficient_attn.reporting.runs import State
 from efficient_attn.tables import ROOT, Cell
+from tests.reporting.fake_runs import TABLE, write_run, write_table
+from tests.reporting.test_runs import DAMAGE, edit
 
 SCORES = {("softmax", 0): 0.9, ("softmax", 1): 0.8, ("softmax", 2): 0.7}
 

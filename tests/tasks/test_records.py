@@ -195,7 +195,7 @@ import functools, pathlib, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background inherits that it is ignored
 open("imports", "a").write(__name__ + " ")
 from efficient_attn.tasks import records
-import test_records as t
+from tests.tasks import test_records as t
 
 if __name__ == "__main__":
     make = functools.partial(t.noted_rows, "log", seconds=float(sys.argv[1]))
@@ -206,8 +206,7 @@ if __name__ == "__main__":
 def start(folder: pathlib.Path, seconds: float) -> subprocess.Popen:
     """Starts a program that prepares `folder`/toy and takes `seconds` for each row of train shard 1."""
     (folder / "program.py").write_text(PROGRAM)
-    roots = (pathlib.Path(efficient_attn.__file__).parents[1], pathlib.Path(__file__).parent)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, roots))}
+    environment = {**os.environ, "PYTHONPATH": str(pathlib.Path(efficient_attn.__file__).parents[1])}
     return subprocess.Popen(
         [sys.executable, "program.py", str(seconds)],
         cwd=folder,
