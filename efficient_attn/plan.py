@@ -229,6 +229,8 @@ def mib_per_device(plan: Plan) -> dict[str, float]:
     }
     if plan.state.ema is not None:
         parts["average"] = params
+    if plan.state.variables:
+        parts["variables"] = plan.state.variables, plan.specs.variables
     return {name: sharding.nbytes_per_device(*part, plan.mesh) / 2**20 for name, part in parts.items()}
 
 

@@ -21,6 +21,7 @@ from absl import logging
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from efficient_attn.arguments import ConfigError
+from efficient_attn.mixers.context import MEMORY
 from efficient_attn.optim import paths
 from kernels.mesh import MODEL, ROWS, SEQ
 
@@ -42,7 +43,8 @@ class ShardingConfig:
         without a rule is an error, so is an unused rule.
     min_size: with a name alone, arrays of fewer numbers stay whole: gathering them costs more than they weigh.
 
-    Optimiser state and averages lie as the parameters they belong to; the model's other variables go by the rules' names alone.
+    Optimiser state and averages lie as the parameters they belong to, the memory of streams as the rows of the batch; the model's
+    other variables go by the rules' names alone.
     """
 
     data: int = -1
@@ -142,11 +144,17 @@ def state_specs(config: ShardingConfig, shape: MeshShape, state: PyTree, tx: opt
     def whole(x):
         return PartitionSpec()
 
+    def of_variables(name, tree):
+        if name == MEMORY:  # [B, ...], and of several replicas [N, B, ...]
+            rows = PartitionSpec(*(None,) * (state.rng.ndim - 1), ROWS)
+            return jax.tree.map(lambda x: rows, tree)
+        return jax.tree.map(lambda x: rules.spec(name, rules.by_name, x.shape), tree)
+
     return state.replace(
         step=PartitionSpec(),
         params=of_params(state.params),
         opt_state=optax.tree.map_params(tx, beside, state.opt_state, state.params, layouts, transform_non_params=whole),
-        variables=jax.tree.map(lambda x: rules.spec("variables", rules.by_name, x.shape), state.variables),
+        variables={name: of_variables(name, tree) for name, tree in state.variables.items()},
         ema=None if state.ema is None else of_params(state.ema),
         rng=PartitionSpec(),
     )

@@ -5,9 +5,11 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from configs.lm_memory import get_config
 from efficient_attn import sharding
 from efficient_attn.arguments import ConfigError
 from efficient_attn.config import experiment, may_change
+from efficient_attn.mixers.context import MEMORY
 from efficient_attn.plan import describe, make_plan, mib_per_device
 from efficient_attn.sharding import ShardingConfig, batch_spec, mesh_shape
 
@@ -85,6 +87,20 @@ def test_bytes_per_device_fall_with_the_mesh():
     assert one["batch"] == 8 * eight["batch"]
     assert one["parameters"] == 8 * eight["parameters"] > 0  # all axes of this model divide by 8
     assert 1.99 < one["optimizer state"] / one["parameters"] < 2.01
+
+
+def test_the_memory_of_streams_lies_as_their_rows(tmp_path):
+    (tmp_path / "text.txt").write_text("to be or not " * 3000)
+    config = get_config("transformer_xl")
+    config.task.update(path=str(tmp_path / "text.txt"), data_dir=str(tmp_path), context=16)
+    config.model.update(depth=1, width=16)
+    config.train.batch_size = 8
+    config.sharding.update(data=2, fsdp=4)
+    spread = make_plan(config)
+    memory = jax.tree.leaves(spread.specs.variables[MEMORY], is_leaf=lambda x: isinstance(x, P))
+    assert memory and all(spec == P(sharding.ROWS) for spec in memory)
+    config.sharding.update(data=1, fsdp=1)
+    assert mib_per_device(make_plan(config))["variables"] == 8 * mib_per_device(spread)["variables"] > 0
 
 
 def test_sequences_are_split_along_their_own_axis():

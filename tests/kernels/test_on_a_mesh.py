@@ -18,8 +18,8 @@ from kernels.attention import masks, ring
 from kernels.matmul import matmul
 
 ROOT = pathlib.Path(__file__).parents[2]
-CASES = ("causal", "documents", "learned bias, dropout", "linear, reverse", "selective", "ssd")
-MORE_CASES = ("window", "full, both directions", "rows and heads alone", "linear", "linear, time-invariant", "selective, reverse")
+CASES = ("causal", "window", "documents", "learned bias, dropout", "linear, time-invariant", "selective", "ssd")
+MORE_CASES = ("full, both directions", "rows and heads alone", "linear", "linear, reverse", "selective, reverse")
 
 
 def on_eight_devices(*cases):
