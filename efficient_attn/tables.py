@@ -11,7 +11,9 @@ A table is a file `configs/tables/NAME.py` with a docstring (the papers, the com
     measured(scale) -> protocol -> row -> column -> figure, only where a benchmark and not runs make the figures; `MEASURED_BY` is
                then the benchmark's command
 
-Rows and columns are strings. A row that is published and has no cell is a mechanism or a recipe that is not there.
+Only `sweep` is needed, as a grid of one's own has it: then the docstring's first line or the file's name is the title, the figure
+is the test accuracy, the only scale is "paper", each protocol that a cell names has the columns of its cells, and nothing is
+published. Rows and columns are strings. A row that is published and has no cell is a mechanism or a recipe that is not there.
 """
 
 import dataclasses
@@ -214,15 +216,23 @@ def load(path: pathlib.Path | str) -> Table:
     """The table in a file. Raises `ConfigError`, in one line, for whatever is missing or contradicts itself."""
     path = pathlib.Path(path)
     module = load_module(path)
-    for name, kind in FIELDS.items():
-        if not isinstance(getattr(module, name, None), kind):
-            raise ConfigError(f"{path} is not a table: it defines no {name} ({kind.__name__})")
-    if not module.__doc__:
-        raise ConfigError(f"{path} has no docstring; it says the papers, the command and the expected time")
+    fields = {name: getattr(module, name) for name in FIELDS if hasattr(module, name)}
+    if "sweep" not in fields:
+        raise ConfigError(
+            f"{path} is not a table: it has no function sweep(scale) that yields cells (efficient_attn.tables.Cell)"
+        )
+    for name, value in fields.items():
+        if not isinstance(value, FIELDS[name]):
+            raise ConfigError(f"{path} is not a table: its {name} is not a {FIELDS[name].__name__}")
+    scales = fields.get("SCALES", {"paper": ""})
+    cells = {scale: tuple(module.sweep(scale)) for scale in scales}
+    if stray := [cell for of_scale in cells.values() for cell in of_scale if not isinstance(cell, Cell)]:
+        raise ConfigError(f"{path}: sweep(scale) must yield cells (efficient_attn.tables.Cell), got {stray[0]!r}")
+    doc = module.__doc__ or path.name
     table = Table(
-        name=path.stem, path=path, doc=module.__doc__, title=module.TITLE, metric=module.METRIC, scales=module.SCALES,
-        protocols=module.PROTOCOLS, published=module.PUBLISHED,
-        cells={scale: tuple(module.sweep(scale)) for scale in module.SCALES},
+        name=path.stem, path=path, doc=doc, title=fields.get("TITLE", doc.splitlines()[0]),
+        metric=fields.get("METRIC", Metric()), scales=scales, protocols=fields.get("PROTOCOLS") or _protocols(cells),
+        published=fields.get("PUBLISHED", {}), cells=cells,
         measured=getattr(module, "measured", lambda scale: {}), measured_by=getattr(module, "MEASURED_BY", ""),
     )  # fmt: skip
     for name, protocol in table.protocols.items():
@@ -230,6 +240,15 @@ def load(path: pathlib.Path | str) -> Table:
     for scale, cells in table.cells.items():
         _check_cells(table, scale, cells)
     return table
+
+
+def _protocols(cells: Mapping[str, Iterable[Cell]]) -> dict[str, Protocol]:
+    """The protocols that the cells name, each with the columns of its cells."""
+    columns: dict[tuple[str, str], dict[str, None]] = {}
+    for scale, of_scale in cells.items():
+        for cell in of_scale:
+            columns.setdefault((cell.protocol, scale), {}).update(dict.fromkeys((cell.column, *cell.lengths)))
+    return {name: Protocol(name, tuple(found), scale=scale) for (name, scale), found in columns.items()}
 
 
 def _check_protocol(table: Table, name: str, protocol: Protocol) -> None:

@@ -117,8 +117,9 @@ def sweep(scale):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("TITLE,", "HEADING,", "defines no TITLE"),
-        ("'''A table.'''", "", "no docstring"),
+        ("def sweep(", "def swept(", "no function sweep"),
+        ('"t", Metric()', '"t", "accuracy"', "its METRIC is not a Metric"),
+        ("return [Cell(", "return [dict(a=1), Cell(", "must yield cells"),
         ('"a", "p")]', '"c", "p")]', "'c' is no column"),
         ('"a", "p")]', '"a", "q")]', "protocol 'q'"),
         ('"a", "p")]', '"a", "p")] * 2', "would share the folder"),
@@ -136,6 +137,18 @@ def test_a_wrong_table_is_one_line(tmp_path, old, new, message):
     with pytest.raises(ConfigError, match=message) as error:
         tables.load(path)
     assert "\n" not in str(error.value)
+
+
+def test_a_grid_of_ones_own_is_a_table_too(tmp_path):
+    path = tmp_path / "grid.py"
+    path.write_text(
+        "from efficient_attn.tables import Cell\n"
+        "def sweep(scale):\n"
+        "    return [Cell('configs/quickstart.py:softmax', 'softmax', f'd={d}', 'grid', {'model.width': d}) for d in (32, 64)]\n"
+    )
+    grid = tables.load(path)
+    assert grid.title == "grid.py" and grid.metric.key == "test_accuracy" and grid.published == {}
+    assert grid.protocols["grid"].columns == ("d=32", "d=64") and grid.rows("grid") == ["softmax"]
 
 
 def test_published_figures_keep_words_deviations_and_gaps(tmp_path):

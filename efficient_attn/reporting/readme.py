@@ -14,6 +14,7 @@ from typing import Any
 from efficient_attn import tables, workdir
 from efficient_attn.arguments import suggest
 from efficient_attn.reporting import lengths, summary, text
+from efficient_attn.reporting.runs import State
 from efficient_attn.reporting.text import markdown_table
 
 README = tables.ROOT / "README.md"
@@ -96,9 +97,17 @@ def induction() -> str:
 
 
 def table(name: str, scale: str) -> str:
-    """A table of `configs/tables` from its committed runs: the sections that have any, or the command that makes them."""
+    """A table of `configs/tables` from its committed runs: the sections that have any, or the command that makes them.
+
+    Raises `WorkdirError` where a committed run is damaged or of a protocol that the table had before.
+    """
     loaded = tables.load(tables.ROOT / f"configs/tables/{name}.py")
     found = summary.summarise(loaded, RESULTS / "tables" / name, scale)
+    for _, run in found.members:
+        if run.state in (State.OTHER_PROTOCOL, State.DAMAGED):
+            raise workdir.WorkdirError(
+                f"{run.folder} cannot stand in the table {name}: {run.state}, {run.why}; remove or rerun it"
+            )
     ran = [section.name for section in found.sections if any(figure.scores for figure in section)]
     return (
         text.markdown(found, ran).rstrip()

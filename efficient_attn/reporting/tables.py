@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from efficient_attn import tables, workdir
+from efficient_attn.arguments import ConfigError
 from efficient_attn.reporting import costs, page, summary, text
 from efficient_attn.reporting.runs import State
 from efficient_attn.sweeps.command import default_root
@@ -19,9 +20,13 @@ def write(
     """Read the runs of the table in `path` and write what they say into `out`; returns the files.
 
     root: folder of the runs, by default sweep.py's. scale: "" for all. measure: first compile a training step of every
-    cell with a finished run that costs.json in `root` does not have.
+    cell with a finished run that costs.json in `root` does not have. Raises `ConfigError` for a `root` that is not there.
     """
     table = tables.load(path)
+    if root is not None and not root.is_dir():
+        raise ConfigError(
+            f"--root={root} is no folder; without it runs are looked for where sweep.py puts them, {default_root(path)}"
+        )
     root = root or default_root(path)
     found = summary.summarise(table, root, scale)
     if measure:

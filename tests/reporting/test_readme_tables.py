@@ -5,9 +5,10 @@ import sys
 
 import pytest
 
-from efficient_attn import tables
+from efficient_attn import tables, workdir
 from efficient_attn.reporting import readme
-from efficient_attn.workdir import WorkdirError
+from tests.reporting.fake_runs import write_run
+from tests.reporting.test_runs import edit
 
 
 def test_no_table_of_the_readme_is_stale():
@@ -21,11 +22,22 @@ def test_a_stale_table_is_named_and_only_it_is_written(tmp_path):
     old = "| `lax.scan` | 3.7 |"
     assert text.count(old) == 1
     copy.write_text(text.replace(old, "| `lax.scan` | 9.9 |"))
-    with pytest.raises(WorkdirError, match=r"selective_scan is not what results/ says.*report.py --readme"):
+    with pytest.raises(workdir.WorkdirError, match=r"selective_scan is not what results/ says.*report.py --readme"):
         readme.refresh(copy, check=True)
     assert "9.9" in copy.read_text()
     readme.refresh(copy)
     assert copy.read_text() == text
+
+
+def test_a_committed_run_that_cannot_stand_in_its_table_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    cell = tables.load(tables.ROOT / "configs/tables/recall.py").cells["cpu"][0]
+    folder = write_run(cell, tmp_path / "tables/recall")
+    assert cell.row in readme.table("recall", "cpu")
+    config = workdir.read_json(folder / "run.json")["config"]
+    edit(folder / "run.json", config={**config, "train": {**config["train"], "batch_size": 7}})
+    with pytest.raises(workdir.WorkdirError, match=r"other protocol, train.batch_size is 7, here 32; remove or rerun it"):
+        readme.table("recall", "cpu")
 
 
 @pytest.mark.parametrize(
@@ -38,7 +50,7 @@ def test_a_stale_table_is_named_and_only_it_is_written(tmp_path):
 def test_markers_that_are_wrong_are_errors(tmp_path, old, new, message):
     copy = tmp_path / "README.md"
     copy.write_text(readme.README.read_text().replace(old, new, 1))
-    with pytest.raises(WorkdirError, match=message):
+    with pytest.raises(workdir.WorkdirError, match=message):
         readme.refresh(copy)
 
 
@@ -47,6 +59,7 @@ def test_markers_that_are_wrong_are_errors(tmp_path, old, new, message):
     [
         (["--readme", "--runs=a,b"], "give one of --table="),
         (["--table=configs/tables/recal.py"], "did you mean 'recall.py'"),
+        (["--table=configs/tables/recall.py", "--root=runs/recal"], "--root=runs/recal is no folder"),
     ],
 )
 def test_the_command_line_says_in_a_line_what_is_wrong(arguments, message):
