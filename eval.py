@@ -32,8 +32,9 @@ def analyse(folder: pathlib.Path) -> None:
     from efficient_attn.arguments import lookup
 
     function = lookup(analysis.ANALYSES, ANALYSIS.value, "--analysis")
-    run = analysis.load(folder, SPLIT.value, TOKENS.value)
-    table = function(run)
+    runs = analysis.load(folder, SPLIT.value, TOKENS.value)
+    table = analysis.over_seeds({run.seed: function(run) for run in runs})
+    run = runs[0]
     made_from = {"step": run.step, "split": run.split, "tokens": len(run.tokens) - 1, "data": run.plan.task.name}
     table.write(folder / "analysis" / ANALYSIS.value, {**workdir.run_info(), **made_from})
     print(table.markdown())

@@ -8,10 +8,13 @@ infinity-former (Martins et al. 2022). `transformer` is the same model without m
 relative positions. Published at scale: Transformer-XL 24.0 and 18.3 (151M and 257M), Compressive Transformer 17.1 perplexity on
 WikiText-103. Here: not run; expected time five to ten minutes a run on two CPU cores.
 
+transformer_xl_short and transformer_short are the short models of lm_text with and without memory, which
+configs/tables/extrapolation.py compares.
+
 Evaluation reads the split as `train.eval_batch_size` contiguous streams, each from an empty memory.
 """
 
-from configs.lm_text import TRAIN, TRANSFORMER
+from configs.lm_text import TRAIN, TRANSFORMER, short
 from efficient_attn.config import experiment
 
 MEMORY = {
@@ -33,7 +36,11 @@ def recipe(mixer):
     return {"model": model, "optimizer": TRANSFORMER}
 
 
-RECIPES = {name: recipe(mixer) for name, mixer in MEMORY.items()}
+RECIPES = {
+    **{name: recipe(mixer) for name, mixer in MEMORY.items()},
+    "transformer_xl_short": short(dict(name="transformer_xl", num_heads=4, memory_length=64)),
+    "transformer_short": short(dict(name="softmax", num_heads=4, bias=dict(name="transformer_xl"))),
+}
 
 
 def get_config(recipe: str = "transformer_xl"):

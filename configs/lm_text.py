@@ -10,7 +10,8 @@ a byte on tiny-Shakespeare's validation part, in a time of about five minutes on
 The longformer recipe is that model with Longformer's autoregressive attention (Beltagy et al. 2020, section 4.1): windows that
 grow with depth, dilation on two heads of the upper layers. The paper's own sizes are for sequences of 2,048 to 23,040.
 
-The *_short recipes differ in position methods alone: configs/tables/extrapolation.py scores them beyond their 64 bytes.
+The *_short recipes differ in position methods alone, or in the mixer: configs/tables/extrapolation.py scores them beyond their
+64 bytes.
 """
 
 from configs.recipes_mamba import lm_text
@@ -23,6 +24,7 @@ TRANSFORMER = dict(
 
 POSITIONS = {
     "sinusoidal": dict(positions=dict(name="sinusoidal")),
+    "learned": dict(positions=dict(name="learned")),
     "rotary": dict(rotation=dict(name="rotary")),
     "alibi": dict(bias=dict(name="alibi")),
     "t5": dict(bias=dict(name="t5")),
@@ -30,17 +32,19 @@ POSITIONS = {
 """What tells the *_short recipes' models where a token is."""
 
 
-def short(positions: dict | None = None, **mixer: dict) -> dict:
+def short(mixer: dict, **model: dict) -> dict:
     """Two layers of width 64 trained on windows of 64 bytes."""
-    where = dict(positions=positions) if positions else {}
     return {
         "task": dict(context=64),
-        "model": dict(
-            depth=2, width=64, feed_forward_width=256, tied=True, mixer=dict(name="softmax", num_heads=4, **mixer), **where
-        ),
+        "model": dict(depth=2, width=64, feed_forward_width=256, tied=True, mixer=mixer, **model),
         "optimizer": TRANSFORMER | dict(learning_rate=3e-3),
         "train": dict(duration="800 steps", eval_every="200 steps", eval_batch_size=64),
     }  # fmt: skip
+
+
+def short_by_position(positions: dict | None = None, **mixer: dict) -> dict:
+    """The short transformer with a position method."""
+    return short(dict(name="softmax", num_heads=4, **mixer), **(dict(positions=positions) if positions else {}))
 
 
 RECIPES = {
@@ -76,7 +80,8 @@ RECIPES = {
         ),
     },
     "mamba": lm_text(),
-    **{f"{name}_short": short(**where) for name, where in POSITIONS.items()},
+    **{f"{name}_short": short_by_position(**where) for name, where in POSITIONS.items()},
+    "mamba_short": short(dict(name="mamba", state_dim=8)),
 }  # fmt: skip
 
 TRAIN = dict(

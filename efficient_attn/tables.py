@@ -8,6 +8,7 @@ A table is a file `configs/tables/NAME.py` with a docstring (the papers, the com
     PROTOCOLS  name -> `Protocol`: what the figures of one section have in common; figures of two protocols never share a section
     PUBLISHED  protocol -> row -> column -> `Published`
     sweep(scale) -> iterable of `Cell`, every run that the table needs at that scale
+    ORDERINGS  the published orderings that are tested on our figures, if any
     measured(scale) -> protocol -> row -> column -> figure, only where a benchmark and not runs make the figures; `MEASURED_BY` is
                then the benchmark's command
 
@@ -32,6 +33,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 """The checkout: paths of configuration files are relative to it, and commands run in it."""
 
 Override = str | int | float | bool
+Place = tuple[str, str, str]
+"""Protocol, row and column of a figure."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,13 +78,33 @@ class Protocol:
 
 
 @dataclasses.dataclass(frozen=True)
+class Finding:
+    """A figure that an analysis of the run makes: `key` of the rows, one a seed, of analysis/NAME.json with these values."""
+
+    analysis: str
+    key: str
+    where: Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Ordering:
+    """A published claim that one figure is better than another, to be tested on ours. better, worse: their places."""
+
+    claim: str
+    source: str
+    better: Place
+    worse: Place
+
+
+@dataclasses.dataclass(frozen=True)
 class Cell:
     """One training run of a table.
 
     config: "configs/FILE.py:RECIPE". overrides: dotted fields below `config` -> values. seed, replicas: the run trains the seeds
     seed, ..., seed + replicas - 1 as one program (`train.replicas`). choice: where several runs are candidates for one figure,
     what tells them apart ("lr=1e-3"); the mean validation metric chooses. lengths: further columns that the same run fills, and
-    the length of the test sequences it is scored on there (`efficient_attn.reporting.lengths`).
+    the length of the test sequences it is scored on there (`efficient_attn.reporting.lengths`). findings: places that
+    analyses of the run fill, its own too, also under other protocols of its scale; `tokens` of the test text are analysed.
     """
 
     config: str
@@ -93,6 +116,14 @@ class Cell:
     replicas: int = 1
     choice: str = ""
     lengths: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    findings: Mapping["Place", Finding] = dataclasses.field(default_factory=dict)
+    tokens: int = 2**15
+
+    @property
+    def places(self) -> list["Place"]:
+        """Of every figure that the run makes."""
+        own = [(self.protocol, self.row, column) for column in (self.column, *self.lengths)]
+        return list(dict.fromkeys([*own, *self.findings]))
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -122,6 +153,9 @@ class Cell:
             lengths = ",".join(map(str, self.lengths.values()))
             tool = ["python", "-m", "efficient_attn.reporting.lengths"]
             commands.append([*tool, f"--workdirs={folder}", f"--lengths={lengths}", f"--out={folder / 'lengths'}"])
+        for name in dict.fromkeys(finding.analysis for finding in self.findings.values()):
+            options = [f"--analysis={name}", "--split=test", f"--tokens={self.tokens}"]
+            commands.append(["python", "eval.py", f"--workdir={folder}", *options])
         return commands
 
     def get_config(self) -> ml_collections.ConfigDict:
@@ -167,6 +201,7 @@ class Table:
     cells: Mapping[str, tuple[Cell, ...]]
     measured: Callable[[str], Mapping[str, Mapping[str, Mapping[str, float]]]]
     measured_by: str = ""
+    orderings: tuple[Ordering, ...] = ()
 
     def protocols_of(self, scale: str) -> list[str]:
         return [name for name, protocol in self.protocols.items() if protocol.scale == scale]
@@ -175,7 +210,8 @@ class Table:
         """Rows of a section: those published under it or beside it, then those that only runs make."""
         shown = [protocol, *filter(None, [self.protocols[protocol].beside])]
         published = [row for name in shown for row in self.published.get(name, {})]
-        run = [cell.row for cells in self.cells.values() for cell in cells if cell.protocol == protocol]
+        places = [place for cells in self.cells.values() for cell in cells for place in cell.places]
+        run = [row for name, row, _ in places if name == protocol]
         return list(dict.fromkeys([*published, *run, *self.measured(self.protocols[protocol].scale).get(protocol, {})]))
 
 
@@ -234,11 +270,13 @@ def load(path: pathlib.Path | str) -> Table:
         metric=fields.get("METRIC", Metric()), scales=scales, protocols=fields.get("PROTOCOLS") or _protocols(cells),
         published=fields.get("PUBLISHED", {}), cells=cells,
         measured=getattr(module, "measured", lambda scale: {}), measured_by=getattr(module, "MEASURED_BY", ""),
+        orderings=getattr(module, "ORDERINGS", ()),
     )  # fmt: skip
     for name, protocol in table.protocols.items():
         _check_protocol(table, name, protocol)
     for scale, cells in table.cells.items():
         _check_cells(table, scale, cells)
+    _check_orderings(table)
     return table
 
 
@@ -272,11 +310,20 @@ def _check_cells(table: Table, scale: str, cells: Iterable[Cell]) -> None:
     folders: dict[pathlib.Path, Cell] = {}
     for cell in cells:
         where = f"{table.path}: the cell {cell.row!r} x {cell.column!r}"
-        protocol = table.protocols.get(cell.protocol)
-        if protocol is None or protocol.scale != scale:
-            raise ConfigError(f"{where} of scale {scale!r} has protocol {cell.protocol!r}, which is none of that scale")
-        if unknown := [column for column in (cell.column, *cell.lengths) if column not in protocol.columns]:
-            raise ConfigError(f"{where}: {unknown[0]!r} is no column{suggest(unknown[0], protocol.columns)}")
+        for name, _, column in cell.places:
+            protocol = table.protocols.get(name)
+            if protocol is None or protocol.scale != scale:
+                raise ConfigError(f"{where} of scale {scale!r} has protocol {name!r}, which is none of that scale")
+            if column not in protocol.columns:
+                raise ConfigError(f"{where}: {column!r} is no column{suggest(column, protocol.columns)}")
         if cell.workdir("") in folders:
             raise ConfigError(f"{where} and {folders[cell.workdir('')].config} would share the folder {cell.workdir('')}")
         folders[cell.workdir("")] = cell
+
+
+def _check_orderings(table: Table) -> None:
+    for ordering in table.orderings:
+        where = f"{table.path}: the ordering {ordering.claim!r}"
+        made = {place for cells in table.cells.values() for cell in cells for place in cell.places}
+        if unknown := [place for place in (ordering.better, ordering.worse) if place not in made]:
+            raise ConfigError(f"{where} names {' x '.join(unknown[0])}, which no run makes")

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from efficient_attn import evaluation, workdir
@@ -52,10 +53,8 @@ class Table:
         for group in groups:
             rows = [row for row in self.rows if group is None or row[self.columns.index(self.lines)] == group]
             for y in ys:
-                pairs = [(row[self.columns.index(x)], row[self.columns.index(y)]) for row in rows]
-                pairs = [(a, b) for a, b in pairs if isinstance(b, int | float) and math.isfinite(b)]
                 label = " ".join(str(part) for part in (group, y if len(ys) > 1 else None) if part is not None)
-                axes.plot(*zip(*pairs, strict=True), marker="o", markersize=3, label=label or y) if pairs else None
+                _draw(axes, [(row[self.columns.index(x)], row[self.columns.index(y)]) for row in rows], label or y)
         if self.log_x:
             axes.set_xscale("log", base=2)
         axes.set(xlabel=x, ylabel=", ".join(ys) if len(ys) < 3 else "", title=self.title)
@@ -65,16 +64,37 @@ class Table:
 
     def write(self, out: pathlib.Path, made_from: dict[str, Any]) -> None:
         """OUT.json, OUT.md and OUT.png, each whole or not at all."""
-        out.parent.mkdir(parents=True, exist_ok=True)
         rows = [dict(zip(self.columns, row, strict=True)) for row in self.rows]
+        workdir.write_text(out.with_suffix(".md"), self.markdown())
         workdir.write_json(out.with_suffix(".json"), {**made_from, "title": self.title, "notes": list(self.notes), "rows": rows})
-        aside = out.with_name(f".{out.name}.md.tmp")
-        aside.write_text(self.markdown())
-        aside.replace(out.with_suffix(".md"))
         figures.save(self.figure(), out.with_suffix(".png"))
 
     def _column(self, name: str) -> list:
         return [row[self.columns.index(name)] for row in self.rows]
+
+
+def _draw(axes: Axes, points: Sequence[tuple[Any, Any]], label: str) -> None:
+    """A line through the means of y at each x, and a band from the least to the largest where seeds differ."""
+    by_x: dict[float, list[float]] = {}
+    for x, y in points:
+        if isinstance(y, int | float) and math.isfinite(y):
+            by_x.setdefault(x, []).append(y)
+    if not by_x:
+        return
+    (line,) = axes.plot(list(by_x), [np.mean(ys) for ys in by_x.values()], marker="o", markersize=3, label=label)
+    if any(len(ys) > 1 for ys in by_x.values()):
+        low, high = ([pick(ys) for ys in by_x.values()] for pick in (min, max))
+        axes.fill_between(list(by_x), low, high, color=line.get_color(), alpha=0.2)
+
+
+def over_seeds(tables: Mapping[int, Table]) -> Table:
+    """The tables of several seeds as one: a column says whose each row is; the plot shows means and ranges."""
+    first = next(iter(tables.values()))
+    if len(tables) == 1:
+        return first
+    rows = [(seed, *row) for seed, table in tables.items() for row in table.rows]
+    notes = dict.fromkeys(note for table in tables.values() for note in table.notes)
+    return dataclasses.replace(first, columns=("seed", *first.columns), rows=rows, notes=tuple(notes))
 
 
 def _cell(value: Any) -> str:
@@ -85,14 +105,17 @@ def _cell(value: Any) -> str:
 class Run:
     """A run's best model, and a stretch of one split's text.
 
-    variables: parameters, and what else the model has. tokens: T + 1 consecutive tokens, so that T are predicted.
+    seed: of the run, or of one of its replicas. variables: parameters, and what else the model has. tokens: T + 1 consecutive
+    tokens, so that T are predicted. compiled: what was compiled for a model, which the seeds of a run share.
     """
 
     plan: Plan
     step: int
+    seed: int
     variables: Any
     split: Split
     tokens: np.ndarray
+    compiled: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False)
 
     @property
     def context(self) -> int:
@@ -123,7 +146,7 @@ class Run:
         model, length = model or self.plan.model, windows.shape[1] - 1
         rows = max(1, min(len(windows), TOKENS_AT_A_TIME // length))
         segment = self.context if self.has_memory else length
-        step = jax.jit(functools.partial(_token_losses, model))
+        step = self.compiled.setdefault(repr(model), jax.jit(functools.partial(_token_losses, model)))
         out = []
         for start in range(0, len(windows), rows):
             chunk = windows[start : start + rows]
@@ -142,21 +165,23 @@ def _token_losses(model: nn.Module, variables: Any, tokens: Int[jax.Array, "B T"
     return -jnp.take_along_axis(log_p, tokens[:, 1:, None], axis=-1)[..., 0], dict(memory)
 
 
-def load(folder: pathlib.Path, split: Split, tokens: int) -> Run:
-    """The best checkpoint of the language model in `folder`, with the first `tokens` tokens of a split.
+def load(folder: pathlib.Path, split: Split, tokens: int) -> list[Run]:
+    """The best checkpoint of the language model in `folder`, with the first `tokens` tokens of a split; of each of its seeds.
 
     Raises `WorkdirError` where there is none, and `AnalysisError` where the run is no language model of running text.
     """
     _, plan = evaluation.open_run(folder)
     if not hasattr(plan.task, "tokens"):
         raise AnalysisError(f"analyses are of language models on running text; the run's task is {plan.config['task']['name']}")
-    if plan.train.replicas > 1:
-        raise AnalysisError("analyses are of one model; this run trained several seeds as one program (train.replicas)")
     plan.task.prepare()
     checkpoints = evaluation.open_checkpoints(plan, folder)
     step, state = evaluation.restore_best(checkpoints, plan, folder)
     checkpoints.close()
-    return Run(plan, step, state.evaluated(), split, plan.task.tokens(split)[: tokens + 1])
+    first = Run(plan, step, plan.seed, state.evaluated(), split, plan.task.tokens(split)[: tokens + 1])
+    if plan.train.replicas == 1:
+        return [first]
+    ones = [jax.tree.map(lambda x, i=i: x[i], first.variables) for i in range(plan.train.replicas)]
+    return [dataclasses.replace(first, seed=seed, variables=one) for seed, one in zip(plan.seeds, ones, strict=True)]
 
 
 def scores(losses: np.ndarray | float) -> tuple[float, float, float]:

@@ -1,6 +1,7 @@
 """Trained on L tokens, evaluated on up to 16 L: with the position method as trained, and with RoPE rescaled."""
 
 import copy
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -27,14 +28,15 @@ def extrapolation(run: Run) -> Table:
     rows, notes, L = [], [f"Trained at {run.context} tokens. Non-overlapping windows; no fine-tuning."], run.context
     longest = max(n for n in doublings(L, LONGEST * L) if n < len(run.tokens))
     whole = (len(run.tokens) - 1) // longest * longest
-    text = Run(run.plan, run.step, run.variables, run.split, run.tokens[: whole + 1])
+    text = dataclasses.replace(run, tokens=run.tokens[: whole + 1])
     if longest < LONGEST * L:
         notes.append(f"Longer windows than {longest} need more text: give --tokens={LONGEST * L + 1} or more.")
     for name, change in SCALINGS.items():
-        if name != "as trained" and not _is_rotary(run.plan.config["model"]["mixer"]):
+        if name != "as trained" and not is_rotary(run.plan.config["model"]):
             continue
         for length in doublings(L, longest):
-            model = _with_rotation(run, lambda r, change=change, length=length: change(r, length / L, L))
+            config = with_rotation(run.plan.config["model"], lambda r, change=change, length=length: change(r, length / L, L))
+            model = models.build(config, run.plan.task)
             try:
                 losses = text.losses(text.windows(length), model)
             except ValueError as error:
@@ -47,20 +49,19 @@ def extrapolation(run: Run) -> Table:
     return Table("Length extrapolation", columns, rows, ("length", ("nats",)), lines="positions", notes=tuple(notes))
 
 
-def _mixers(mixer: Any) -> list[Mapping[str, Any]]:
-    return [mixer] if isinstance(mixer, Mapping) else list(mixer)
+def _mixers(model: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [model["mixer"]] if isinstance(model["mixer"], Mapping) else list(model["mixer"])
 
 
-def _is_rotary(mixer: Any) -> bool:
+def is_rotary(model: Mapping[str, Any]) -> bool:
     """Whether every layer that has a rotation turns by plain RoPE."""
-    names = {m["rotation"]["name"] for m in _mixers(mixer) if "rotation" in m}
-    return names == {"rotary"}
+    return {mixer["rotation"]["name"] for mixer in _mixers(model) if "rotation" in mixer} == {"rotary"}
 
 
-def _with_rotation(run: Run, change: Callable[[Rotation], Rotation]) -> Any:
-    """The model with other rotations, which have no parameters."""
-    config = copy.deepcopy(run.plan.config["model"])
-    for mixer in _mixers(config["mixer"]):
+def with_rotation(model: Mapping[str, Any], change: Callable[[Rotation], Rotation]) -> dict[str, Any]:
+    """The configuration of a model with other rotations, which have no parameters."""
+    config = copy.deepcopy(dict(model))
+    for mixer in _mixers(config):
         if "rotation" in mixer:
             mixer["rotation"] = change(mixer["rotation"])
-    return models.build(config, run.plan.task)
+    return config

@@ -43,7 +43,7 @@ on different meshes of devices."""
 @dataclasses.dataclass(frozen=True)
 class Run:
     """One folder. info: run.json. rows: metrics.jsonl. score: eval.json. lengths: the rows of lengths.json, scores at other
-    lengths. All are empty where the folder has none.
+    lengths. analyses: the rows of each analysis/NAME.json, by its name. All are empty where the folder has none.
     """
 
     folder: pathlib.Path
@@ -53,6 +53,7 @@ class Run:
     rows: Sequence[Mapping[str, Any]] = ()
     score: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     lengths: Sequence[Mapping[str, Any]] = ()
+    analyses: Mapping[str, Sequence[Mapping[str, Any]]] = dataclasses.field(default_factory=dict)
 
     @property
     def config(self) -> Config:
@@ -94,6 +95,7 @@ def read(folder: pathlib.Path, expected: Config | None = None) -> Run:
         rows = workdir.MetricsFile(folder / "metrics.jsonl").read()
         score = _read_if_there(folder / "eval.json", {})
         lengths = _read_if_there(folder / "lengths.json", {"rows": []})["rows"]
+        analyses = {path.stem: workdir.read_json(path)["rows"] for path in sorted(folder.glob("analysis/*.json"))}
         task = tasks.TASKS[info["config"]["task"]["name"]]
     except (FileNotFoundError, NotADirectoryError):
         return Run(folder, State.NOT_RUN)
@@ -103,7 +105,7 @@ def read(folder: pathlib.Path, expected: Config | None = None) -> Run:
         return Run(folder, State.DAMAGED, f"cannot read {error.filename}: {error.strerror}")
     except (KeyError, TypeError) as error:
         return Run(folder, State.DAMAGED, f"run.json is not that of a run: {type(error).__name__} {error}")
-    run = Run(folder, State.FINISHED, "", info, rows, score, lengths)
+    run = Run(folder, State.FINISHED, "", info, rows, score, lengths, analyses)
     state, why = _judge(run, task, expected)
     return dataclasses.replace(run, state=state, why=why)
 

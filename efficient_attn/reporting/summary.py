@@ -19,7 +19,7 @@ from efficient_attn.arguments import ConfigError, suggest
 from efficient_attn.config import normal_form
 from efficient_attn.reporting import runs
 from efficient_attn.reporting.runs import Run, State
-from efficient_attn.tables import ROOT, Cell, Metric, Protocol, Published, Table
+from efficient_attn.tables import ROOT, Cell, Metric, Place, Protocol, Published, Table
 
 Member = tuple[Cell, Run]
 
@@ -244,22 +244,22 @@ def _section(table: Table, name: str, members: Sequence[Member]) -> Section:
     metric = protocol.metric or table.metric
     measured = table.measured(protocol.scale).get(name, {})
     published, beside = table.published.get(name, {}), table.published.get(protocol.beside, {})
-    places: dict[tuple[str, str], list[Member]] = {}
+    places: dict[Place, list[Member]] = {}
     for cell, run in members:
-        for column in (cell.column, *cell.lengths) if cell.protocol == name else ():
-            places.setdefault((cell.row, column), []).append((cell, run))
+        for place in cell.places:
+            places.setdefault(place, []).append((cell, run))
     figures: dict[str, dict[str, Figure]] = {}
-    has_own = published.keys() | measured.keys() | {row for row, _ in places}
+    has_own = published.keys() | measured.keys() | {row for protocol, row, _ in places if protocol == name}
     for row in (row for row in table.rows(name) if row in has_own):
         for column in protocol.columns:
             figures.setdefault(row, {})[column] = Figure(
-                row, column, metric, _candidates(places.get((row, column), ()), column, metric),
+                row, column, metric, _candidates(places.get((name, row, column), ()), (name, row, column), metric),
                 published.get(row, {}).get(column), beside.get(row, {}).get(column), measured.get(row, {}).get(column),
             )  # fmt: skip
     return Section(name, protocol, metric, figures)
 
 
-def _candidates(members: Sequence[Member], column: str, metric: Metric) -> tuple[Candidate, ...]:
+def _candidates(members: Sequence[Member], place: Place, metric: Metric) -> tuple[Candidate, ...]:
     by_choice: dict[str, list[Member]] = {}
     for member in members:
         by_choice.setdefault(member[0].choice, []).append(member)
@@ -267,7 +267,7 @@ def _candidates(members: Sequence[Member], column: str, metric: Metric) -> tuple
     for choice, chosen in by_choice.items():
         _check_alike([cell for cell, _ in chosen])
         finished = [(cell, run) for cell, run in chosen if run.state == State.FINISHED]
-        scores = [x for cell, run in finished for x in _scores(cell, run, column, metric)]
+        scores = [x for cell, run in finished for x in _scores(cell, run, place, metric)]
         validation = [x for _, run in finished for x in run.values(metric.key.replace("test_", "valid_"))]
         found.append(Candidate(choice, tuple(chosen), tuple(scores), tuple(validation)))
     return tuple(found)
@@ -282,9 +282,13 @@ def _check_alike(cells: Sequence[Cell]) -> None:
         )
 
 
-def _scores(cell: Cell, run: Run, column: str, metric: Metric) -> list[float]:
-    """The figures of a run's seeds in one column: its own, or one of another length of the test sequences."""
-    if column == cell.column:
+def _scores(cell: Cell, run: Run, place: Place, metric: Metric) -> list[float]:
+    """The figures of a run's seeds in one place: what an analysis says, its own score, or that at another length."""
+    column = place[-1]
+    if finding := cell.findings.get(place):
+        rows = [row for row in run.analyses.get(finding.analysis, ()) if finding.where.items() <= row.items()]
+        values = [row[finding.key] for row in rows if row[finding.key] is not None]
+    elif column == cell.column:
         values = run.values(metric.key)
     else:
         key, length = metric.key.removeprefix("test_"), cell.lengths[column]

@@ -12,13 +12,14 @@ from efficient_attn.tasks.download import BLOCK, fetch, part_of
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """url: a file, or a zip archive of which `members` are taken out, by the names they get here.
+    """url: a file, a zip archive of which `members` are taken out, or what `files` lie below, both by the names they get here.
 
-    One member is one text, cut by the task's fractions; train.txt, valid.txt and test.txt are its splits.
+    One file is one text, cut by the task's fractions; train.txt, valid.txt and test.txt are its splits.
     """
 
     url: str
     members: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    files: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 CORPORA: Mapping[str, Corpus] = {
@@ -27,6 +28,10 @@ CORPORA: Mapping[str, Corpus] = {
     "wikitext103": Corpus(
         "https://wikitext.smerity.com/wikitext-103-raw-v1.zip",
         {f"wikitext-103-raw/wiki.{split}.raw": f"{split}.txt" for split in ("train", "valid", "test")},
+    ),
+    "wikitext2": Corpus(
+        "https://raw.githubusercontent.com/pytorch/examples/main/word_language_model/data/wikitext-2/",
+        files={f"{split}.txt": f"{split}.txt" for split in ("train", "valid", "test")},
     ),
     "tiny_shakespeare": Corpus("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"),
 }
@@ -39,6 +44,10 @@ def locate(name: str, data_dir: pathlib.Path) -> pathlib.Path:
     Raises `TaskError` where it cannot be had; the message says what to put where, or to give task.path.
     """
     corpus, folder = CORPORA[name], data_dir / name
+    if corpus.files:
+        for remote, file in corpus.files.items():
+            fetch(corpus.url + remote, folder / file, note="Or give the text as task.path.")
+        return folder
     if not corpus.members:
         return fetch(corpus.url, folder / f"{name}.txt", note="Or give the text as task.path.")
     targets = {member: folder / file for member, file in corpus.members.items()}

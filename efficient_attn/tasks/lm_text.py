@@ -74,6 +74,7 @@ class LMText(Task):
         context: L, bytes in a window.
         valid_fraction, test_fraction: of the bytes; not used where the folder names its splits.
         num_examples: windows of train; 0 means as above. Of streams there are size / context.
+        num_eval: windows of valid and of test at most, from their start; 0 means all.
         order: one of `ORDERS`. documents: keep documents apart.
         data_dir: folder of all data; the corpus is copied into a folder of its own there.
 
@@ -93,13 +94,14 @@ class LMText(Task):
     valid_fraction: float = 0.05
     test_fraction: float = 0.05
     num_examples: int = 0
+    num_eval: int = 0
     order: str = "shuffled"
     documents: bool = False
     data_dir: str = "data"
 
     def __post_init__(self):
-        if self.context < 1 or self.num_examples < 0:
-            raise TaskError(f"lm_text: context must be positive and num_examples not negative; got {self}.")
+        if self.context < 1 or min(self.num_examples, self.num_eval) < 0:
+            raise TaskError(f"lm_text: context must be positive, num_examples and num_eval not negative; got {self}.")
         if min(self.valid_fraction, self.test_fraction) <= 0 or self.valid_fraction + self.test_fraction >= 1:
             raise TaskError(f"lm_text: valid_fraction and test_fraction must be positive and sum to less than 1; got {self}.")
 
@@ -111,7 +113,8 @@ class LMText(Task):
     @property
     def name(self) -> str:
         kept_apart = "-documents" if self.documents else ""
-        return f"{self.folder.name}-context{self.context}-n{self.sizes['train']}{ORDERS[self.order]}{kept_apart}"
+        bounded = f"-eval{self.num_eval}" if self.num_eval else ""
+        return f"{self.folder.name}-context{self.context}-n{self.sizes['train']}{ORDERS[self.order]}{kept_apart}{bounded}"
 
     @property
     def packed(self) -> bool:
@@ -144,7 +147,8 @@ class LMText(Task):
     @functools.cached_property
     def sizes(self) -> Mapping[Split, int]:
         offsets = self._bytes["train"] - self.context
-        evaluated = {split: math.ceil((self._bytes[split] - 1) / self.context) for split in ("valid", "test")}
+        most = self.num_eval or math.inf
+        evaluated = {split: min(most, math.ceil((self._bytes[split] - 1) / self.context)) for split in ("valid", "test")}
         windows = self._bytes["train"] // self.context if self.contiguous else min(offsets, MAX_EXAMPLES)
         return {"train": self.num_examples or windows, **evaluated}
 

@@ -37,7 +37,7 @@ def make_run(tmp_path):
         keys = iter(jax.random.split(jax.random.key(1), 100))
         params = jax.tree.map(lambda p: p + 0.5 * jax.random.normal(next(keys), p.shape), params)
         text = np.random.default_rng(0).integers(1, 256, tokens + 1).astype(np.uint8)
-        return Run(plan, 7, {"params": params}, "valid", text)
+        return Run(plan, 7, 0, {"params": params}, "valid", text)
 
     return make
 
