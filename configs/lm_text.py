@@ -24,7 +24,7 @@ TRANSFORMER = dict(
 
 POSITIONS = {
     "sinusoidal": dict(positions=dict(name="sinusoidal")),
-    "learned": dict(positions=dict(name="learned")),
+    "learned": dict(positions=dict(name="learned", stddev=1.0)),
     "rotary": dict(rotation=dict(name="rotary")),
     "alibi": dict(bias=dict(name="alibi")),
     "t5": dict(bias=dict(name="t5")),
@@ -33,10 +33,10 @@ POSITIONS = {
 
 
 def short(mixer: dict, **model: dict) -> dict:
-    """Two layers of width 64 trained on windows of 64 bytes."""
+    """Two layers of width 64 trained on windows of 64 bytes. Tokens' vectors have unit variance, beside which sinusoids stand."""
     return {
         "task": dict(context=64),
-        "model": dict(depth=2, width=64, feed_forward_width=256, tied=True, mixer=mixer, **model),
+        "model": dict(depth=2, width=64, feed_forward_width=256, embed_stddev=1.0, mixer=mixer, **model),
         "optimizer": TRANSFORMER | dict(learning_rate=3e-3),
         "train": dict(duration="800 steps", eval_every="200 steps", eval_batch_size=64),
     }  # fmt: skip

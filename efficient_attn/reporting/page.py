@@ -10,7 +10,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from efficient_attn.reporting import plots, text
+from efficient_attn.reporting import orderings, plots, text
 from efficient_attn.reporting.costs import Cost, Costs
 from efficient_attn.reporting.plots import Bubble, Line
 from efficient_attn.reporting.runs import State
@@ -44,7 +44,7 @@ def render(summary: Summary, costs: Costs, speeds: Mapping[str, Any]) -> str:
     """
     in_order = sorted(summary.sections, key=lambda section: all(figure.mean is None for figure in section))
     views = [SectionView(section, i, summary, costs, speeds) for i, section in enumerate(in_order)]
-    return environment().get_template("table.html").render(summary=summary, views=views)
+    return environment().get_template("table.html").render(summary=summary, views=views, verdicts=orderings.judge(summary))
 
 
 class SectionView:
@@ -186,7 +186,7 @@ def mixers_of(figure: Figure) -> Sequence[str]:
 MOST_LINES = 16
 """More rows than this on one panel are told apart by the table alone."""
 
-SIZES = {"L": "length", "d": "width", "N": "state size"}
+SIZES = {"L": "length", "d": "width", "N": "state size", "n": "first tokens changed"}
 """What the letters in columns' names stand for."""
 
 

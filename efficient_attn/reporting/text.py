@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from efficient_attn import workdir
+from efficient_attn.reporting import orderings
+from efficient_attn.reporting.orderings import Verdict
 from efficient_attn.reporting.runs import Run
 from efficient_attn.reporting.summary import Figure, Section, Summary
 from efficient_attn.tables import Cell, Metric, Published
@@ -96,7 +98,29 @@ def floor_rows(section: Section) -> dict[str, dict[str, float]]:
 def markdown(summary: Summary, sections: Iterable[str] | None = None) -> str:
     """One table a section: ours, and in brackets what is published."""
     wanted = [s for s in summary.sections if sections is None or s.name in sections]
-    return "\n\n".join(_markdown_section(section) for section in wanted) + "\n"
+    tested = orderings.judge(dataclasses.replace(summary, sections=tuple(wanted)))
+    return "\n\n".join([*map(_markdown_section, wanted), *([_markdown_orderings(tested)] if tested else [])]) + "\n"
+
+
+def _markdown_orderings(verdicts: Iterable[Verdict]) -> str:
+    rows = [[*ordering_cells(verdict)] for verdict in verdicts]
+    return f"**Published orderings on our figures.** {ORDERINGS}\n\n" + markdown_table(list(ORDERING_HEAD), rows)
+
+
+ORDERING_HEAD = ("published", "source", "ours: difference", "seeds", "")
+ORDERINGS = (
+    "By how much the one said to be better is better, seed by seed: mean ± standard deviation of the differences. An ordering "
+    f"shows where the mean is more than {orderings.MARGIN:g} standard deviations."
+)
+
+
+def ordering_cells(verdict: Verdict) -> tuple[str, ...]:
+    """What a line of the table of orderings says, under `ORDERING_HEAD`."""
+    ordering, difference = verdict.ordering, ""
+    if verdict.differences:
+        spread = f" ± {verdict.sd:.2g}" if verdict.sd is not None else ""
+        difference = f"{verdict.mean:+.3g}{spread} {verdict.unit}".replace("-", "−")
+    return ordering.claim, ordering.source, difference, str(len(verdict.differences)), verdict.says
 
 
 def _markdown_section(section: Section) -> str:
@@ -283,7 +307,11 @@ def as_json(summary: Summary) -> str:
             figures.append({**_record(summary, section, figure), "scores": list(figure.scores), "runs": runs})
     about = {"table": summary.table.name, "title": summary.table.title, "scales": dict(summary.table.scales)}
     protocols = {s.name: dataclasses.asdict(s.protocol) for s in summary.sections}
-    return json.dumps(workdir.jsonable({**about, "protocols": protocols, "figures": figures}), indent=1) + "\n"
+    tested = [
+        {**dataclasses.asdict(v.ordering), "differences": list(v.differences), "says": v.says} for v in orderings.judge(summary)
+    ]
+    everything = {**about, "protocols": protocols, "figures": figures, "orderings": tested}
+    return json.dumps(workdir.jsonable(everything), indent=1) + "\n"
 
 
 RECORDED = ("commit", "dirty", "versions", "backend", "device_kind", "device_count", "cpu", "cores", "steps", "data")

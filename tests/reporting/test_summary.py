@@ -12,7 +12,7 @@ import pytest
 from efficient_attn import workdir
 from efficient_attn.arguments import ConfigError
 from efficient_attn.config import normal_form
-from efficient_attn.reporting import summary, tables, text
+from efficient_attn.reporting import orderings, summary, tables, text
 from efficient_attn.reporting.runs import State
 from efficient_attn.tables import ROOT, Cell
 from tests.reporting.fake_runs import TABLE, write_run, write_table
@@ -180,3 +180,68 @@ def test_five_hundred_runs_take_less_than_ten_seconds(tmp_path):
     tables.write(table.path, tmp_path / "out", root=tmp_path / "runs", scale="cpu")
     assert time.process_time() - start < 10
     assert "n = 125" in (tmp_path / "out/table-cpu.html").read_text()
+
+
+ORDERED = """
+from efficient_attn.tables import Ordering
+
+SHORT = ("short", "softmax", COLUMNS[0])
+ORDERINGS = (
+    Ordering("softmax before s5", "Nobody et al. 2020", SHORT, ("short", "<b>s5</b>", COLUMNS[0])),
+    Ordering("narrow before wide", "Nobody et al. 2020", SHORT, ("short", "softmax", COLUMNS[1])),
+    Ordering("wide before narrow", "Nobody et al. 2020", ("short", "softmax", COLUMNS[1]), SHORT),
+    Ordering("s5: narrow before wide", "-", ("short", "<b>s5</b>", COLUMNS[0]), ("short", "<b>s5</b>", COLUMNS[1])),
+)
+"""
+
+
+def test_orderings_are_tested_on_pairs_of_seeds(tmp_path):
+    """Spreads of 10 points hide nothing where the pairs differ by 20 ± 1; where they differ by 20 ± 15 they do."""
+    table = write_table(tmp_path, TABLE + ORDERED)
+    scores = {("softmax", 0): (90, 70, 50), ("softmax", 1): (70, 51, 29), ("<b>s5</b>", 0): (85, 55, 15)}
+    for cell in table.cells["cpu"]:
+        found = scores.get((cell.row, table.protocols["short"].columns.index(cell.column)))
+        if found:
+            write_run(cell, tmp_path / "runs", found[cell.seed] / 100)
+    found = summary.summarise(table, tmp_path / "runs", "cpu")
+    verdicts = orderings.judge(found)
+    assert verdicts[1].differences == pytest.approx((20, 19, 21)) and verdicts[1].sd == pytest.approx(1.0)
+    assert [v.says for v in verdicts] == ["does not show", "shows", "the other way round", "not run"]
+    assert "| narrow before wide | Nobody et al. 2020 | +20 ± 1 % | 3 | shows |" in text.markdown(found)
+    assert [entry["says"] for entry in json.loads(text.as_json(found))["orderings"]] == [v.says for v in verdicts]
+    assert orderings.judge(summary.summarise(table, tmp_path / "runs", "paper")) == []
+    with pytest.raises(ConfigError, match="which no run makes"):
+        write_table(tmp_path, TABLE + ORDERED.replace('"short", "softmax", COLUMNS[1]', '"short", "softmax", "L=1"'))
+
+
+FOUND = """
+from efficient_attn.tables import Finding
+
+PROTOCOLS["other"] = Protocol("Other", ("a",), scale="cpu")
+
+
+def sweep(scale):
+    if scale == "cpu":
+        there = {("short", "softmax", COLUMNS[1]): Finding("windows", "nats", {"protocol": "sliding"})}
+        there["other", "elsewhere", "a"] = Finding("windows", "nats", {"protocol": "plain"})
+        yield Cell("configs/quickstart.py:softmax", "softmax", COLUMNS[0], "short", {}, replicas=2, findings=there, tokens=64)
+"""
+
+
+def test_one_run_fills_places_of_several_sections_by_its_analyses(tmp_path):
+    table = write_table(tmp_path, TABLE + FOUND)
+    (cell,) = table.cells["cpu"]
+    assert cell.commands("runs")[-1][2:] == [
+        f"--workdir={cell.workdir('runs')}",
+        "--analysis=windows",
+        "--split=test",
+        "--tokens=64",
+    ]
+    folder = write_run(cell, tmp_path / "runs", 0.5)
+    rows = [{"seed": s, "protocol": p, "nats": x + s / 10} for s in (0, 1) for p, x in (("sliding", 0.2), ("plain", 0.4))]
+    (folder / "analysis").mkdir()
+    (folder / "analysis" / "windows.json").write_text(json.dumps({"rows": rows}))
+    short, other = summary.summarise(table, tmp_path / "runs", "cpu").sections
+    assert short.figures["softmax"]["L=64 d=64"].scores == pytest.approx((20.0, 30.0))
+    assert short.figures["softmax"]["L=64 d=32"].scores == pytest.approx((50.0,))
+    assert other.figures["elsewhere"]["a"].scores == pytest.approx((40.0, 50.0))
