@@ -6,6 +6,7 @@ from efficient_attn.tasks.base import SPLITS, Task, TaskError
 from efficient_attn.tasks.image import Image
 from efficient_attn.tasks.listops import ListOps
 from efficient_attn.tasks.lm_text import LMText
+from efficient_attn.tasks.lm_tokens import LMTokens
 from efficient_attn.tasks.pathfinder import Pathfinder
 from efficient_attn.tasks.retrieval import Retrieval
 from efficient_attn.tasks.synthetic import InductionHeads, MultiQueryRecall, SelectiveCopying
@@ -23,4 +24,5 @@ TASKS: Mapping[str, type[Task]] = {
     "induction_heads": InductionHeads,
     "selective_copying": SelectiveCopying,
     "lm_text": LMText,
+    "lm_tokens": LMTokens,
 }

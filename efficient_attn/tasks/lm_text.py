@@ -5,6 +5,7 @@ once, as three flat files of bytes, and read through a memory map.
 """
 
 import codecs
+import contextlib
 import dataclasses
 import fcntl
 import functools
@@ -46,7 +47,8 @@ class LMText(Task):
     """Byte-level language modelling; the loss is the mean over bytes, in nats (divide by log 2 for bits per byte).
 
     Splits, each a run of documents with one zero byte between any two:
-      - a folder with train.txt, valid.txt and test.txt: those;
+      - a folder with train.txt, valid.txt and test.txt: those; or with folders train, valid and test: their files, each a
+        document;
       - any other folder: every file in it and below, hidden ones apart, is one document of one split. Files are dealt in an
         order that depends on their sizes alone, first to test, then valid, as long as these stay within their fraction of the
         bytes, else to train. Files of equal size go to the same split, so no two splits hold copies of one file;
@@ -146,10 +148,10 @@ class LMText(Task):
 
     @functools.cached_property
     def sizes(self) -> Mapping[Split, int]:
-        offsets = self._bytes["train"] - self.context
+        offsets = self._lengths["train"] - self.context
         most = self.num_eval or math.inf
-        evaluated = {split: min(most, math.ceil((self._bytes[split] - 1) / self.context)) for split in ("valid", "test")}
-        windows = self._bytes["train"] // self.context if self.contiguous else min(offsets, MAX_EXAMPLES)
+        evaluated = {split: min(most, math.ceil((self._lengths[split] - 1) / self.context)) for split in ("valid", "test")}
+        windows = self._lengths["train"] // self.context if self.contiguous else min(offsets, MAX_EXAMPLES)
         return {"train": self.num_examples or windows, **evaluated}
 
     def encode(self, text: str) -> list[int]:
@@ -171,9 +173,7 @@ class LMText(Task):
         if self._is_prepared():
             return
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with open(self.folder / ".lock", "w") as lock:  # one writer at a time; the system drops the lock of a dead one
-                fcntl.flock(lock, fcntl.LOCK_EX)
+            with only_writer(self.folder):
                 if not self._is_prepared():
                     self._write()
         except OSError as error:
@@ -210,12 +210,20 @@ class LMText(Task):
         if self._root.is_file():
             return _cut(self._root, fractions)
         named = {split: self._root / f"{split}.txt" for split in SPLITS}
+        folders = {split: self._root / split for split in SPLITS}
+        if all(path.is_dir() for path in folders.values()):
+            return {split: _text_files(path, library=False) for split, path in folders.items()}
         present = [path.name for path in named.values() if path.is_file()]
         if len(present) == len(named):
             return {split: [Piece(path, 0, path.stat().st_size)] for split, path in named.items()}
         if present:
             raise TaskError(f"lm_text: {self._root} holds {present}; expected all or none of train.txt, valid.txt, test.txt.")
         return _deal(_text_files(self._root, library=not (self.path or self.corpus)), fractions)
+
+    @property
+    def _lengths(self) -> Mapping[Split, int]:
+        """Tokens of each split."""
+        return self._bytes
 
     @functools.cached_property
     def _bytes(self) -> Mapping[Split, int]:
@@ -273,6 +281,15 @@ class LMText(Task):
         finally:
             for path in aside.values():
                 path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def only_writer(folder: pathlib.Path) -> Iterator[None]:
+    """Make the folder and hold its lock: one writer at a time; the system drops the lock of a dead one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _chunks(pieces: list[Piece]) -> Iterator[bytes]:
