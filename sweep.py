@@ -15,7 +15,9 @@ CONFIG = flags.DEFINE_string("config", None, "File with a function sweep(scale) 
 SCALE = flags.DEFINE_string("scale", "paper", "Which of the file's scales: paper is as published, cpu what two cores can do.")
 ROOT = flags.DEFINE_string("root", None, "Folder of the runs and of sweep.json; by default runs/NAME.")
 LAUNCHER = flags.DEFINE_enum("launcher", "local", ["local", "slurm"], "Processes on this machine, or jobs of a Slurm cluster.")
-JOBS = flags.DEFINE_integer("jobs", None, "Runs at once: by default one for each GPU, or one on all cores; Slurm: no limit.")
+JOBS = flags.DEFINE_integer(
+    "jobs", None, "Runs at once: by default one for each GPU, or one on all cores; Slurm: no limit.", lower_bound=1
+)
 RETRIES = flags.DEFINE_integer("retries", 3, "How often a run is started again that was preempted or killed.", lower_bound=0)
 RETRY_FAILED = flags.DEFINE_bool("retry-failed", False, "Start again what has failed, too.")
 DRY_RUN = flags.DEFINE_bool("dry-run", False, "Print what would be run; nothing is written.")

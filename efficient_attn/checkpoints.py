@@ -126,6 +126,8 @@ class Checkpoints:
             else:
                 self._orbax.save(self._folder(step), args=_SaveArgs(state))
                 self._saving = step
+        except distributed.PeerLost:
+            raise
         except Exception as error:
             raise self._failed(step, error) from error
 

@@ -1,18 +1,20 @@
 """What the command lines share: flags, the default workdir, and errors as one clear line."""
 
+import os
 import pathlib
 import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from efficient_attn.arguments import ConfigError, suggest
+from efficient_attn.arguments import ConfigError, shown, suggest
 from efficient_attn.checkpoints import CheckpointError
-from efficient_attn.distributed import PeerError
+from efficient_attn.distributed import PeerError, PeerLost
 from efficient_attn.preemption import Preempted
+from efficient_attn.tables import load_module
 from efficient_attn.tasks.base import TaskError
 from efficient_attn.training import TrainingDiverged
 from efficient_attn.workdir import WorkdirBusy, WorkdirError
@@ -42,6 +44,11 @@ def run(main: Callable[[], None]) -> None:
     def guarded(_: Sequence[str]) -> None:
         try:
             main()
+        except PeerLost as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(EXIT_CODES[PeerError])
         except tuple(EXIT_CODES) as error:
             _fail(f"{error}", next(EXIT_CODES[kind] for kind in type(error).__mro__ if kind in EXIT_CODES))
         except KeyboardInterrupt:
@@ -68,13 +75,19 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
 
 def check_config_file(argv: Sequence[str]) -> None:
     """Raise `ConfigError` where --config names no Python file, which ml_collections reports only later and less clearly."""
+    for value in _config_values(argv):
+        path = pathlib.Path(value.split(":")[0])
+        if not path.is_file() or path.suffix != ".py":
+            near = suggest(path.name, (p.name for p in path.parent.glob("*.py")))
+            raise ConfigError(f"there is no configuration file {path}{near}")
+
+
+def _config_values(argv: Sequence[str]) -> Iterator[str]:
+    """What is given as --config."""
     for argument, following in zip(argv, [*argv[1:], ""]):
         flag, equals, value = argument.partition("=")
         if flag in ("--config", "-config"):
-            path = pathlib.Path((value if equals else following).split(":")[0])
-            if not path.is_file() or path.suffix != ".py":
-                near = suggest(path.name, (p.name for p in path.parent.glob("*.py")))
-                raise ConfigError(f"there is no configuration file {path}{near}")
+            yield value if equals else following
 
 
 def explain(error: Exception) -> str:
@@ -82,15 +95,31 @@ def explain(error: Exception) -> str:
     text = str(error.args[0] if error.args else error)
     overrides = [a.split("=")[0] for a in sys.argv if a.startswith("--config.")]
     field = re.search(r"'(\w+)\\?'", text)
-    wrong = next((o for o in overrides if field and field[1] in o.split(".")), None)
-    if isinstance(error, AttributeError | KeyError) and wrong:
+    below = re.search(r"Attempting to lookup: (\S+)", text)  # of a field that has none
+    wrong = f"--config.{below[1]}" if below else next((o for o in overrides if field and field[1] in o.split(".")), None)
+    frames = traceback.extract_tb(error.__traceback__)
+    files = {pathlib.Path(value.split(":")[0]).resolve() for value in _config_values(sys.argv)}
+    of_file = any(pathlib.Path(frame.filename).resolve() in files for frame in frames)
+    if isinstance(error, AttributeError | KeyError) and wrong and not of_file:
         near = re.search(r'Did you mean "(\w+)"', text)
-        return f"the configuration has no field {wrong}" + (f" (did you mean {near[1]!r}?)" if near else "")
+        return f"the configuration has no field {wrong}" + (f" (did you mean {near[1]!r}?)" if near else _fields_beside(wrong))
     if isinstance(error, flags.Error):
         return text.splitlines()[0]
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    where = f"{error.filename} line {error.lineno}" if isinstance(error, SyntaxError) else f"{last.filename} line {last.lineno}"
-    return f"{type(error).__name__} at {where}: {text.splitlines()[0] if text else ''}"
+    where = (error.filename, error.lineno) if isinstance(error, SyntaxError) else (frames[-1].filename, frames[-1].lineno)
+    return f"{type(error).__name__} at {where[0]} line {where[1]}: {text.splitlines()[0] if text else ''}"
+
+
+def _fields_beside(override: str) -> str:
+    """What there is where an override names something that is not there."""
+    path, _, recipe = next(_config_values(sys.argv)).partition(":")
+    node, where = load_module(pathlib.Path(path)).get_config(*filter(None, [recipe])), "config"
+    for part in override.split(".")[1:]:
+        if not isinstance(node, ConfigDict):
+            return f"; {where} is {shown(node)}"
+        if part not in node:
+            return f"; {where} has: {', '.join(node)}"
+        node, where = node[part], f"{where}.{part}"
+    return ""
 
 
 def _fail(message: str, status: int) -> None:

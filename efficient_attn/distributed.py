@@ -1,21 +1,31 @@
 """Several processes that train one run: how they find each other, and what one of them does for all."""
 
-from collections.abc import Callable
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from efficient_attn.arguments import ConfigError
 
 HEARTBEAT_SECONDS = 30
-"""A process that is not heard of for so long is lost; the others then end."""
+"""A process that is not heard of for so long is lost; JAX then ends the others."""
 
+_PATIENCE_MS = 14 * 24 * 3600 * 1000
+"""How long the others wait for what process 0 does alone. One that is lost meanwhile ends the wait."""
 _MESSAGE_BYTES = 4096
+_meetings = itertools.count()
 
 
 class PeerError(Exception):
     """Process 0 could not do what all processes wait for; the message is its own."""
+
+
+class PeerLost(PeerError):
+    """What all processes compute together has failed in this one; exit handlers would wait for those that are gone."""
 
 
 def initialize(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
@@ -51,9 +61,9 @@ def by_first(action: Callable[[], object]) -> None:
         try:
             action()
         except BaseException as error:
-            _shared(f"{error}" or type(error).__name__)
+            _from_first(_bytes(f"{error}" or type(error).__name__))
             raise
-    problem = _shared("")
+    problem = bytes(_from_first(_bytes(""))).rstrip(b"\0").decode(errors="ignore")
     if problem:
         raise PeerError(f"process 0 stopped: {problem}")
 
@@ -61,11 +71,33 @@ def by_first(action: Callable[[], object]) -> None:
 def agreed(find: Callable[[], int]) -> int:
     """What `find` gives on process 0, which alone calls it."""
     number = find() if is_first() else 0
-    return int(number) if jax.process_count() == 1 else int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+    return int(number) if jax.process_count() == 1 else int(_from_first(np.int32(number)))
 
 
-def _shared(message: str) -> str:
-    """`message` as process 0 has it."""
-    data = message.encode()[:_MESSAGE_BYTES]
-    padded = np.frombuffer(data.ljust(_MESSAGE_BYTES, b"\0"), np.uint8)
-    return bytes(np.asarray(multihost_utils.broadcast_one_to_all(padded), np.uint8)).rstrip(b"\0").decode(errors="ignore")
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """For what all processes compute together: where it fails in one of several, `PeerLost` is raised in place of JAX's error.
+
+    (A GPU that waits for a process that is gone does not fail; JAX then ends this process, `HEARTBEAT_SECONDS` later.)
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        reason = " ".join(str(error).split())[:300]
+        raise PeerLost(
+            f"process {jax.process_index()} of {jax.process_count()} cannot go on with the others ({reason}). If one of them is "
+            "lost, its own output says why. Start all again: they continue from the newest checkpoint"
+        ) from error
+
+
+def _from_first(value: np.ndarray) -> np.ndarray:
+    """`value` of process 0, for which the others wait outside of the collective, whose patience ends after 30 seconds."""
+    with together():
+        ocp.multihost.get_barrier_sync_fn()(key=f"meeting_{next(_meetings)}", timeout_ms=_PATIENCE_MS)
+        return np.asarray(multihost_utils.broadcast_one_to_all(value), value.dtype)
+
+
+def _bytes(message: str) -> np.ndarray:
+    return np.frombuffer(message.encode()[:_MESSAGE_BYTES].ljust(_MESSAGE_BYTES, b"\0"), np.uint8)

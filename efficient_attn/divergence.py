@@ -3,6 +3,9 @@
 `config.train.on_divergence` decides: "stop" ends the run; "skip" leaves the state as it was, inside the jitted step, and
 goes on with the next batch; "rollback" returns to the last whole checkpoint, leaves out the batches from there to the bad
 step, and goes on with another key. All of it is a function of what a checkpoint holds, so a resumed run takes the same way.
+
+A validation that is not finite ends the run, or rolls it back, like a step; it has none that could be left out, so under "skip"
+the run goes on, and that validation is never the best.
 """
 
 import dataclasses
@@ -42,6 +45,19 @@ def check(policy: str, spike_factor: float, replicas: int) -> None:
         raise ConfigError(
             f"train.on_divergence={policy!r} and train.spike_factor={spike_factor:g} need train.replicas=1; it is {replicas}"
         )
+
+
+def advice(policy: str, replicas: int, clip_norm: float, has_memory: bool) -> str:
+    """What may help a run that has diverged, of what is not chosen yet and may be."""
+    ways = ["lower optimizer.learning_rate", "lower optimizer.clip_norm" if clip_norm else "clip gradients (optimizer.clip_norm)"]
+    ways += ["lengthen optimizer.warmup"]
+    if policy != "stop":
+        ways += ["raise train.max_divergences"]
+    others = {"skip", "rollback"} - {policy} - ({"rollback"} if has_memory else set())
+    if others and replicas == 1:
+        ways += [f"set train.on_divergence to {' or '.join(map(repr, sorted(others)))}"]
+    text = f"{', '.join(ways[:-1])}, or {ways[-1]}"
+    return text[0].upper() + text[1:]
 
 
 @dataclasses.dataclass

@@ -37,23 +37,29 @@ class StopRequest:
     def __bool__(self) -> bool:
         return self.signal is not None
 
-    def reached(self, step: int) -> bool:
-        """Whether to stop after `step`. To be asked once after every step."""
+    def reached(self) -> bool:
+        """Whether to stop now. To be asked once after every step."""
         return bool(self)
 
 
 class SharedStopRequest(StopRequest):
     """Of several processes, any of which may get the signal: all stop after the same step.
 
-    `jax.distributed.initialize` has put its own handler in the place of SIGTERM's; Ctrl-C becomes a SIGTERM.
+    `jax.distributed.initialize` has put its own handler in the place of SIGTERM's; Ctrl-C becomes a SIGTERM. JAX needs a
+    number that rises from call to call; the steps of a run that rolls back do not, so it gets that of the call.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
 
     def note(self, number: int, frame: object) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         super().note(number, frame)
 
-    def reached(self, step: int) -> bool:
-        if multihost_utils.reached_preemption_sync_point(step):
+    def reached(self) -> bool:
+        self.calls += 1
+        if multihost_utils.reached_preemption_sync_point(self.calls):
             self.signal = signal.SIGTERM
         return self.signal is signal.SIGTERM
 

@@ -69,7 +69,7 @@ def mesh_shape(config: ShardingConfig, devices: int) -> dict[str, int]:
     if open_axes:
         if devices % fixed:
             raise ConfigError(
-                f"sharding: {_product(shape)} = {fixed} does not divide the {devices} device(s) here, of which "
+                f"sharding: {_product(shape)} does not divide the {devices} device(s) here, of which "
                 f"sharding.{open_axes[0]}=-1 takes the rest"
             )
         shape[open_axes[0]] = devices // fixed
@@ -91,14 +91,14 @@ def make_mesh(shape: MeshShape) -> Mesh:
     needed = math.prod(shape.values())
     if needed != jax.device_count():
         raise ConfigError(
-            f"sharding: {_product(shape)} = {needed} device(s), but there are {jax.device_count()} in "
+            f"sharding: {_product(shape)} needs {needed} device(s), but there are {jax.device_count()} in "
             f"{jax.process_count()} process(es); set one axis to -1 to take what is there"
         )
     return jax.make_mesh(tuple(shape.values()), tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
 
 
 def _product(shape: MeshShape) -> str:
-    return " x ".join(f"{axis} {size}" for axis, size in shape.items() if size not in (1, -1)) or "1"
+    return " x ".join(f"{axis}={size}" for axis, size in shape.items() if size not in (1, -1)) or "one device"
 
 
 def row_shards(shape: MeshShape) -> int:

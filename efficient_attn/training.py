@@ -13,13 +13,14 @@ import jax
 import numpy as np
 from absl import logging
 
-from efficient_attn import distributed, optim, preemption, replicas, workdir
+from efficient_attn import distributed, divergence, optim, preemption, replicas, workdir
 from efficient_attn.arguments import ConfigError
 from efficient_attn.checkpoints import CheckpointError, Checkpoints
 from efficient_attn.config import Config, TrainConfig, differences, may_change
 from efficient_attn.display import Display, open_displays
+from efficient_attn.distributed import PeerLost
 from efficient_attn.divergence import Guard, TrainingDiverged
-from efficient_attn.metrics import Window
+from efficient_attn.metrics import Window, first_non_finite
 from efficient_attn.plan import Plan, describe, make_plan
 from efficient_attn.preemption import Preempted
 from efficient_attn.sharding import Placement
@@ -108,7 +109,8 @@ def train_and_evaluate(config: Config, folder: pathlib.Path, *, profile_steps: i
         checkpoints = Checkpoints(
             folder / "checkpoints", metric=f"valid_{plan.task.metric}", mode=plan.task.metric_mode
         )  # fmt: skip
-        stack.callback(checkpoints.close)
+        stack.push(lambda kind, *_: None if kind is PeerLost else checkpoints.close())  # a save would wait for the lost one
+        stack.enter_context(distributed.together())
         state, progress = restore_or_init(plan, checkpoints, placement)
         start = int(state.step)
         metrics, displays = (
@@ -249,10 +251,11 @@ class Loop:
     def roll_back(self, error: TrainingDiverged) -> TrainState:
         """The state of the last whole checkpoint, with another key; the batches since are left out. Or raises `error`."""
         train, guard = self.plan.train, self.progress.guard
-        if train.on_divergence != "rollback":
-            raise error
-        if guard.rollbacks >= train.max_divergences:
-            raise TrainingDiverged(f"after {guard.rollbacks} rollbacks (train.max_divergences): {error}", error.step) from error
+        if train.on_divergence != "rollback" or guard.rollbacks >= train.max_divergences:
+            tried = f"after {guard.rollbacks} rollbacks (train.max_divergences): " if guard.rollbacks else ""
+            has_memory = getattr(self.plan.model, "has_memory", False)
+            advice = divergence.advice(train.on_divergence, train.replicas, self.plan.optimizer.clip_norm, has_memory)
+            raise TrainingDiverged(f"{tried}{error}; nothing of it was saved. {advice}.", error.step) from error
         self.pending = None
         self.checkpoints.wait()
         state, self.progress = restore_or_init(self.plan, self.checkpoints, self.placement)
@@ -284,7 +287,7 @@ class Loop:
         """Evaluate, save and stop where that is due after this step."""
         for display in self.displays:
             display.step(step)
-        last, stopping = step == self.plan.total, self.stop.reached(step)
+        last, stopping = step == self.plan.total, self.stop.reached()
         if last or step % self.plan.eval_every == 0:
             self.collect(state=state)
         elif stopping or step % self.plan.checkpoint_every == 0:
@@ -306,11 +309,7 @@ class Loop:
         step, sums = self.pending[0], jax.device_get(self.pending[1])
         self.pending = None
         if wrong := self.progress.guard.note(step, sums, self.plan.train.spike_factor, self.plan.train.max_divergences):
-            raise TrainingDiverged(
-                f"{wrong}; nothing of it was saved. Lower optimizer.learning_rate, clip gradients (optimizer.clip_norm), "
-                "lengthen optimizer.warmup, or set train.on_divergence to 'skip' or 'rollback'.",
-                step,
-            )
+            raise TrainingDiverged(wrong, step)
         self.progress.window.add({name: value for name, value in sums.items() if name != "skipped"})
         line = {}
         if step % self.plan.train.log_every == 0 or step == self.plan.total:
@@ -328,15 +327,25 @@ class Loop:
             self.save(step, state, validation)
 
     def evaluate(self, step: int, state: TrainState) -> dict[str, Any]:
-        """Metrics on the validation split; notes whether they are the best, and whether the run should end."""
+        """Metrics on the validation split; notes whether they are the best, and whether the run should end.
+
+        Raises `TrainingDiverged` where they are not finite, or, where steps are skipped, has the one that ranks be no number.
+        """
         plan, progress = self.plan, self.progress
         with self.clock.paused():
             window = evaluate(
                 self.eval_step, state.evaluated(), self.valid, plan, self.placement, plan.train.max_eval_batches
             )  # fmt: skip
-        progress.note_evaluation(step, window.by_seed(plan.task.metric), plan.task.metric_mode)
+        means, values = window.means("valid"), window.by_seed(plan.task.metric)
+        if bad := first_non_finite(window.totals):
+            wrong = f"valid {bad} is not finite at step {step}"
+            if plan.train.on_divergence != "skip":
+                raise TrainingDiverged(wrong, step)
+            logging.warning("%s; it counts as no better than any other", wrong)
+            means[f"valid_{plan.task.metric}"], values = math.nan, [math.nan]
+        progress.note_evaluation(step, values, plan.task.metric_mode)
         progress.finished = progress.why_finished(plan.task, plan.train)
-        return window.means("valid")
+        return means
 
     def write(self, step: int, line: dict[str, Any]) -> None:
         if line and self.metrics is not None:
@@ -348,5 +357,5 @@ class Loop:
     def save(self, step: int, state: TrainState, metrics: Mapping[str, float] | None) -> None:
         with self.clock.paused():
             if not self.all_finite(state):
-                raise TrainingDiverged(f"the state after step {step} is not finite; nothing of it was saved", step)
+                raise TrainingDiverged(f"the state after step {step} is not finite", step)
             self.checkpoints.save(step, state, self.progress.to_json(), metrics)

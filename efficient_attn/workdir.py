@@ -16,8 +16,9 @@ import platform
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 import numpy as np
@@ -60,7 +61,7 @@ def lock(workdir: pathlib.Path) -> contextlib.ExitStack:
     except OSError as error:
         raise WorkdirError(f"cannot write in {workdir}: {error.strerror}. Choose another --workdir.") from error
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock_file(file)
     except OSError as error:
         file.seek(0)
         holder = file.read().strip() or "unknown"
@@ -80,18 +81,29 @@ def lock(workdir: pathlib.Path) -> contextlib.ExitStack:
     return release
 
 
+def _lock_file(file: TextIO) -> None:
+    """Lock it for this process alone. A moment is given to `holder` of another process, which may be looking just now."""
+    for pause in (0.05, 0.1, None):
+        try:
+            return fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):  # POSIX allows either
+            if pause is None:
+                raise
+            time.sleep(pause)
+
+
 def holder(workdir: pathlib.Path) -> str | None:
-    """Who holds the lock of `workdir`, as "pid 12 on host"; None while it is free."""
+    """Who holds the lock of `workdir`, as "pid 12 on host"; None while it is free. Any number of processes may look at once."""
     path = workdir.resolve() / ".lock"
     if path in _locks:  # and to open and close it again would release it
         return f"pid {os.getpid()}, this process"
     try:
-        file = open(path, "r+", encoding="utf-8")  # noqa: SIM115 (its end releases the lock)
+        file = open(path, encoding="utf-8")  # noqa: SIM115 (its end releases the lock)
     except OSError:  # nobody has been there, or may
         return None
     with file:
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):  # POSIX allows either
             return file.read().strip() or "unknown"
     return None

@@ -59,6 +59,18 @@ def test_lock_names_the_holder_and_dies_with_it(tmp_path):
         assert (folder / ".lock").read_text() == f"pid {os.getpid()} on {socket.gethostname()}\n"
 
 
+def test_one_who_looks_keeps_nobody_from_looking_or_starting(tmp_path, monkeypatch):
+    workdir.lock(tmp_path).close()
+    look = (
+        "import fcntl, sys, time; f = open(sys.argv[1]); fcntl.lockf(f, fcntl.LOCK_SH); print('looks', flush=True); time.sleep(9)"
+    )
+    with subprocess.Popen([sys.executable, "-S", "-c", look, tmp_path / ".lock"], stdout=subprocess.PIPE) as looks:
+        assert looks.stdout.readline() == b"looks\n"
+        assert workdir.holder(tmp_path) is None
+        monkeypatch.setattr(workdir.time, "sleep", lambda seconds: (looks.kill(), looks.wait()))
+        workdir.lock(tmp_path).close()  # it waited until the other had looked
+
+
 def test_lock_is_held_from_the_call_until_released(tmp_path):
     held = workdir.lock(tmp_path)
     with pytest.raises(WorkdirError, match=rf"another run of this process \(pid {os.getpid()}\)"):

@@ -54,3 +54,11 @@ def test_handlers_are_put_back():
     with preemption.watch():
         assert signal.getsignal(signal.SIGTERM) != before
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_several_processes_count_the_calls_and_not_the_steps_which_may_fall(monkeypatch):
+    asked = []
+    monkeypatch.setattr(preemption.multihost_utils, "reached_preemption_sync_point", lambda n: asked.append(n) or n == 4)
+    request = preemption.SharedStopRequest()
+    assert [request.reached() for _ in range(4)] == [False, False, False, True]
+    assert asked == [1, 2, 3, 4] and request.signal == signal.SIGTERM
