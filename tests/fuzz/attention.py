@@ -14,7 +14,7 @@ from kernels.attention import Dropout, attend, biases, masks
 from tests.fuzz.scans import compare, damage, numbers
 
 CLEAR = re.compile(r"^(attend: |\w+(\(.*\))?: |masks of )")
-SECONDS = 120.0
+SECONDS = 60.0
 SHAPES = ((1, 1, 1), (2, 3, 3), (1, 5, 9), (1, 9, 5), (1, 70, 70))
 """Batch, queries, keys."""
 HEADS = ((1, 1), (4, 4), (4, 2))

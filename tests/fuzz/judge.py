@@ -1,4 +1,8 @@
-"""What a case may do: give a right result, or refuse in one clear line, in time."""
+"""What a case may do: give a right result, or refuse in one clear line, in time.
+
+Time is that of the processor, so that a busy machine makes no hang of a case that only waits for its turn; one that waits for
+something else, and so uses none, has `PATIENCE` times as long by the clock.
+"""
 
 import collections
 import contextlib
@@ -17,6 +21,9 @@ LONGEST_MESSAGE = 1200
 """Characters of an error's line. Further lines may only list, indented, what the first one speaks of."""
 
 
+PATIENCE = 10
+
+
 class Hang(BaseException):
     """A case took longer than it may."""
 
@@ -27,7 +34,7 @@ class WrongResult(AssertionError):
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """A defect. what: "hang", "wrong result", "bare error" or "unclear error"."""
+    """A defect. what: "hang", "wrong result", "bare error" or "unclear error". where: file and line."""
 
     what: str
     case: str
@@ -37,23 +44,31 @@ class Finding:
 
 @dataclasses.dataclass
 class Tally:
+    """outcomes: how many cases had each. slowest: seconds of the processor, and the case."""
+
     outcomes: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     findings: list[Finding] = dataclasses.field(default_factory=list)
-    slowest: float = 0.0
+    slowest: tuple[float, str] = (0.0, "")
 
 
 @contextlib.contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
+    """Raise `Hang`, where the program is, after `seconds` of the processor (of all threads), or `PATIENCE` times as many."""
+
     def expired(number, frame):
         raise Hang
 
-    old = signal.signal(signal.SIGALRM, expired)
-    signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)  # again and again: Python drops what is raised in a destructor
+    timers = {signal.ITIMER_PROF: (signal.SIGPROF, seconds), signal.ITIMER_REAL: (signal.SIGALRM, PATIENCE * seconds)}
+    old = {number: signal.signal(number, expired) for number, _ in timers.values()}
+    for timer, (_, limit) in timers.items():
+        signal.setitimer(timer, limit, 1.0)  # again and again: Python drops what is raised in a destructor
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, old)
+        for timer in timers:
+            signal.setitimer(timer, 0)
+        for number, handler in old.items():
+            signal.signal(number, handler)
 
 
 def run(case: str, check: Callable[[], str], clear: re.Pattern | None, seconds: float, tally: Tally) -> None:
@@ -61,17 +76,17 @@ def run(case: str, check: Callable[[], str], clear: re.Pattern | None, seconds: 
 
     clear: what the message of a ValueError or TypeError must match to count as clear; None: only project errors count.
     """
-    began = time.monotonic()
+    began = time.process_time()
     try:
         with time_limit(seconds):
             outcome = check()
-    except Hang:
-        tally.findings.append(Finding("hang", case, f"more than {seconds:g} s", ""))
+    except Hang as hang:
+        tally.findings.append(Finding("hang", case, f"more than {seconds:g} s of the processor", _where(hang)))
         outcome = "hang"
     except Exception as error:
         outcome = _judge(error, case, clear, tally)
     tally.outcomes[outcome] += 1
-    tally.slowest = max(tally.slowest, time.monotonic() - began)
+    tally.slowest = max(tally.slowest, (time.process_time() - began, case))
 
 
 def _judge(error: Exception, case: str, clear: re.Pattern | None, tally: Tally) -> str:
@@ -85,7 +100,14 @@ def _judge(error: Exception, case: str, clear: re.Pattern | None, tally: Tally) 
         what = "unclear error"
     else:
         what = "bare error"
-    last = traceback.extract_tb(error.__traceback__)[-1]
     detail = f"{type(error).__name__}: {' | '.join(lines)[:400]}"
-    tally.findings.append(Finding(what, case, detail, f"{last.filename.rsplit('/', 2)[-1]}:{last.lineno}"))
+    tally.findings.append(Finding(what, case, detail, _where(error)))
     return what
+
+
+def _where(error: BaseException) -> str:
+    """The line of the project that was at work, and the innermost of all."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if "site-packages" not in frame.filename]
+    lines = [f"{frame.filename.rsplit('/', 2)[-1]}:{frame.lineno}" for frame in (own[-1], frames[-1])]
+    return " -> ".join(dict.fromkeys(lines))

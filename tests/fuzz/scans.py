@@ -15,7 +15,7 @@ from kernels.scan import linear_scan, selective_scan, ssd
 from tests.fuzz.judge import WrongResult
 
 CLEAR = re.compile(r"^(linear_scan|selective_scan|ssd): ")
-SECONDS = 120.0
+SECONDS = 60.0
 SHAPES = ((1, 1), (2, 3), (1, 17), (2, 66))
 """Batch and length. Few, so that most cases find their program compiled."""
 ODD = (
