@@ -21,8 +21,8 @@ import jax.numpy as jnp
 
 from benchmarks import cards, harness
 from kernels import devices
+from kernels.attention.adjoint import Rows
 from kernels.attention.mosaic.tiling import HEAD_SIZES, Blocks, plan, table
-from kernels.attention.portable.backward import Rows
 from kernels.offline import mosaic
 from kernels.offline.compiler import SHARED_BYTES
 

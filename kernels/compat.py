@@ -45,9 +45,11 @@ def abstract_gpu() -> contextlib.AbstractContextManager:
 
 
 def mosaic_load(ref, layout) -> jax.Array:
-    """A vector from shared memory in a layout of registers; JAX 0.10 asks for an index beside the reference."""
-    index = ((),) if inspect.signature(mosaic_gpu.load).parameters["idx"].default is inspect.Parameter.empty else ()
-    return mosaic_gpu.load(ref, *index, layout=layout)
+    """From shared memory in a layout of registers; JAX 0.10 asks for an index beside the reference, and to be told that bytes
+    are read with conflicts of banks."""
+    if inspect.signature(mosaic_gpu.load).parameters["idx"].default is not inspect.Parameter.empty:
+        return mosaic_gpu.load(ref, layout=layout)
+    return mosaic_gpu.load(ref, (), layout=layout, optimized=ref.dtype.itemsize > 1)
 
 
 def mosaic_interpreter() -> Any:

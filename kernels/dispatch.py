@@ -21,6 +21,10 @@ class Implementation:
     about: str
 
 
+def anything(spec: Any) -> None:
+    """`supports` of an implementation that can run every call."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Choice:
     """What runs (`name`), why (`reason`), and for every other implementation why it does not (`others`)."""

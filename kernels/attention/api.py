@@ -11,15 +11,11 @@ from jaxtyping import Array, Float, Int
 from kernels import devices, mesh
 from kernels.attention import chunked, library, masks, mosaic, portable, reference, ring, sharded
 from kernels.attention.biases import Bias
-from kernels.attention.call import Call, Spec, spec_of
+from kernels.attention.call import Call, spec_of
 from kernels.attention.dropout import Dropout
-from kernels.dispatch import Choice, Implementation, choose
+from kernels.dispatch import Choice, Implementation, anything, choose
 
 Segments = Int[Array, "B L"] | tuple[Int[Array, "B L"], Int[Array, "B S"]]
-
-
-def _anything(spec: Spec) -> None:
-    return None
 
 
 def _on_one_device(call: Call):
@@ -31,8 +27,8 @@ IMPLEMENTATIONS = {
     "ring": Implementation(
         functools.partial(ring.attend, _on_one_device), ring.why_not, "stretches of keys go round the devices along seq"
     ),
-    "reference": Implementation(reference.attend, _anything, "dense float32: the specification, memory O(L S)"),
-    "chunked": Implementation(chunked.attend, _anything, "XLA, lazy softmax over tiles, memory O(L)"),
+    "reference": Implementation(reference.attend, anything, "dense float32: the specification, memory O(L S)"),
+    "chunked": Implementation(chunked.attend, anything, "XLA, lazy softmax over tiles, memory O(L)"),
     "portable": Implementation(portable.attend, portable.why_not, "Pallas kernels, compiled on a GPU and interpreted on a CPU"),
     "mosaic": Implementation(mosaic.attend, mosaic.why_not, "Pallas Mosaic GPU kernels for Hopper, interpreted on a CPU"),
     "xla": Implementation(library.attend_xla, library.why_not_xla, "jax.nn.dot_product_attention, memory O(L S)"),

@@ -12,7 +12,11 @@ from kernels import mesh
 from kernels.attention.biases import Bias
 from kernels.attention.masks import Mask
 
-_DATA = ["q", "k", "v", "bias", "q_segments", "kv_segments", "q_positions", "kv_positions", "dropout", "spans"]
+ARRAYS = ["q", "k", "v", "bias", "q_segments", "kv_segments", "q_positions", "kv_positions", "dropout", "spans"]
+"""The fields of a `Call` that hold arrays, in order."""
+
+
+Variants = tuple[tuple[tuple[int, int], tuple[int, int]], ...]
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["which"], meta_fields=["variants"])
@@ -25,10 +29,10 @@ class Spans:
     """
 
     which: Any
-    variants: tuple[tuple[tuple[int, int], tuple[int, int]], ...]
+    variants: Variants
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=_DATA, meta_fields=["mask", "softcap", "scale"])
+@functools.partial(jax.tree_util.register_dataclass, data_fields=ARRAYS, meta_fields=["mask", "softcap", "scale"])
 @dataclasses.dataclass(frozen=True)
 class Call:
     """The arguments of `attend`, checked and completed; what is absent is None.

@@ -14,25 +14,38 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels.attention import masks, reference
-from kernels.attention.call import Call
+from kernels.attention import biases, masks, reference
+from kernels.attention.call import Call, Spans, transform_scores
+
+OPERANDS = ("q", "k", "v", "bias")
 
 Run = Callable[[Call], tuple[jax.Array, jax.Array]]
 
-ALLOWED = {"out": 2, "lse": 2, "dq": 3, "dk": 3, "dv": 3}
-"""How many times the dense form's error each result may have."""
+ALLOWED = {"out": 2, "lse": 2, "dq": 3, "dk": 3, "dv": 3, "dbias": 3}
+"""How many times the dense form's error each result may have; `dbias` is of all the bias's arrays."""
 
 MASKS = {
     "full": masks.Full(),
     "causal": masks.Causal(),
     "window": masks.Causal() & masks.Window(100),
     "nothing for some": masks.Causal() & masks.Band(2**30, -40),
+    "BigBird": masks.random_blocks(64, 16, 2, seed=0) | masks.Window(64) | masks.Global((0, 1)),
+    "by head": masks.PerHead((masks.Causal(), masks.Window(70))),
+    "negated": masks.Causal() & ~masks.Strided(3),
 }
+
+BIASES = {
+    "ALiBi": lambda H: biases.ALiBi(jnp.asarray(biases.alibi_slopes(H))),
+}
+"""By name, of a number of heads."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One call; `mask` is a key of `MASKS`, `documents` how many are packed, 0 for no segment ids."""
+    """One call; `mask` and `bias` are keys of `MASKS` and `BIASES`, `documents` how many are packed, 0 for no segment ids.
+
+    positions: queries and keys are dealt out, as in a ring of two devices: the odd positions of twice as many.
+    """
 
     L: int
     S: int
@@ -44,6 +57,8 @@ class Case:
     G: int = 2
     softcap: float | None = None
     documents: int = 0
+    bias: str | None = None
+    positions: bool = False
 
     def __str__(self) -> str:
         given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name) != f.default}
@@ -55,7 +70,11 @@ class Case:
         shapes = (self.B, self.L, self.H, self.D), *[(self.B, self.S, self.G, self.D)] * 2
         q, k, v = (jax.random.normal(key, shape, jnp.dtype(self.dtype)) for key, shape in zip(keys, shapes))
         ids = [self._ids(self.L), self._ids(self.S)] if self.documents else [None, None]
-        return Call(q, k, v, None, *ids, None, None, None, mask=MASKS[self.mask], softcap=self.softcap, scale=self.D**-0.5)
+        bias = None if self.bias is None else BIASES[self.bias](self.H)
+        positions = [1 + 2 * jnp.arange(n)[None] for n in (self.L, self.S)] if self.positions else [None, None]
+        spans = Spans(jnp.int32(1), (((0, 2), (0, 2)), ((1, 2), (1, 2)))) if self.positions else None
+        arrays = q, k, v, bias, *ids, *positions, None, spans
+        return Call(*arrays, mask=MASKS[self.mask], softcap=self.softcap, scale=self.D**-0.5)
 
     def _ids(self, length: int) -> jax.Array:
         return jnp.broadcast_to(jnp.arange(length) * self.documents // length, (self.B, length))
@@ -71,12 +90,16 @@ def table() -> Iterator[Case]:
     lengths = (1, 1), (63, 63), (65, 65), (113, 203), (799, 3), (128, 128), (257, 257), (1024, 1023), (2048, 2048)
     for D, mask, (L, S) in itertools.product((64, 128), MASKS, lengths):
         yield Case(L, S, D, mask)
+    for D, mask in itertools.product((64, 128), ("BigBird", "by head", "negated")):
+        yield Case(1000, 1000, D, mask, H=4, G=2 if mask == "BigBird" else 4)
     for D, mask in itertools.product((64, 128), ("full", "causal")):
         yield Case(1000, 1000, D, mask, dtype="float16")
         yield Case(1000, 1000, D, mask, B=2, H=8, G=2)
         yield Case(500, 500, D, mask, H=4, G=1, softcap=15.0)
         yield Case(4096, 4096, D, mask, B=2, H=4)
         yield Case(1000, 1000, D, mask, documents=3)
+        yield Case(500, 500, D, mask, positions=True)
+        yield from (Case(500, 500, D, mask, H=4, bias=bias) for bias in BIASES)
 
 
 def dense(call: Call) -> tuple[jax.Array, jax.Array]:
@@ -84,7 +107,7 @@ def dense(call: Call) -> tuple[jax.Array, jax.Array]:
     groups = call.q.shape[2] // call.k.shape[2]
     k, v = (jnp.repeat(x, groups, axis=2) for x in (call.k, call.v))
     score = call.scale * jnp.einsum("blhd,bshd->bhls", call.q, k).astype(jnp.float32)
-    score = score if call.softcap is None else call.softcap * jnp.tanh(score / call.softcap)
+    score = transform_scores(call, call.bias, score, *reference.positions(call), jnp.arange(call.q.shape[2]))
     score = jnp.where(reference.allowed_pairs(call), score, -jnp.inf)
     top = score.max(axis=-1, keepdims=True)
     top = jax.lax.stop_gradient(jnp.where(top == -jnp.inf, 0, top))
@@ -101,7 +124,9 @@ def check(run: Run, case: Case, runs: int = 2) -> dict[str, Any]:
     call, cotangents = case.call(), case.cotangents()
     step = jax.jit(functools.partial(_results, run))
     ours, *more = (jax.tree.map(np.asarray, step(call, *cotangents)) for _ in range(runs))
-    exact = dataclasses.replace(call, q=call.q.astype(jnp.float32), k=call.k.astype(jnp.float32), v=call.v.astype(jnp.float32))
+    exact = dataclasses.replace(
+        call, spans=None, q=call.q.astype(jnp.float32), k=call.k.astype(jnp.float32), v=call.v.astype(jnp.float32)
+    )
     with jax.default_matmul_precision("highest"):
         truth = jax.jit(functools.partial(_results, reference.attend))(exact, *cotangents)
     rounded = jax.jit(functools.partial(_results, dense))(call, *cotangents)
@@ -111,12 +136,13 @@ def check(run: Run, case: Case, runs: int = 2) -> dict[str, Any]:
 
 
 def _results(run: Run, call: Call, dout: jax.Array, dlse: jax.Array) -> dict[str, jax.Array]:
-    def loss(qkv):
-        out, lse = run(dataclasses.replace(call, **qkv))
+    def loss(operands):
+        out, lse = run(dataclasses.replace(call, **operands))
         total = (out.astype(jnp.float32) * dout).sum() + (jnp.where(jnp.isfinite(lse), lse, 0) * dlse).sum()
         return total, {"out": out, "lse": lse}
 
-    gradients, results = jax.grad(loss, has_aux=True)({name: getattr(call, name) for name in "qkv"})
+    gradients, results = jax.grad(loss, has_aux=True)({name: getattr(call, name) for name in OPERANDS})
+    gradients["bias"] = jnp.concatenate([jnp.zeros(1), *(x.ravel() for x in jax.tree.leaves(gradients["bias"]))])
     return results | {f"d{name}": gradient for name, gradient in gradients.items()}
 
 

@@ -19,7 +19,7 @@ from kernels.attention.call import statistics_dtype
 from kernels.attention.merge import merge
 from kernels.attention.portable.tile import dot
 from kernels.attention.portable.tiling import power_of_two
-from kernels.dispatch import Choice, Implementation, choose
+from kernels.dispatch import Choice, Implementation, anything, choose
 
 KEYS = 64
 """Keys that a program of the kernel takes at a time, where a block is smaller: several blocks."""
@@ -227,12 +227,8 @@ def why_not(spec: Spec) -> str | None:
     return next((reason for reason, applies in reasons.items() if applies), None)
 
 
-def _anything(spec: Spec) -> None:
-    return None
-
-
 IMPLEMENTATIONS = {
-    "reference": Implementation(reference, _anything, "XLA: keys and values gathered by the tables, then dense scores"),
+    "reference": Implementation(reference, anything, "XLA: keys and values gathered by the tables, then dense scores"),
     "portable": Implementation(portable, why_not, "a Pallas kernel that reads blocks in place, interpreted on a CPU"),
 }
 PREFERENCE = ("reference",)

@@ -192,7 +192,7 @@ def lists(tiling: Tiling, mask: Mask, *, known: bool, tested: bool, spans: Spans
     the lists, or only what the mask says of any tile counts. tested: all are.
     """
     if spans is not None:
-        kinds = _tables_of(mask, spans.variants, tiling.L, tiling.S, tiling.q_tile, tiling.kv_block)
+        kinds = tables_of(mask, spans.variants, tiling.L, tiling.S, tiling.q_tile, tiling.kv_block)
     elif known:
         kinds = tables(mask, tiling.L, tiling.S, tiling.q_tile, tiling.kv_block)
     else:
@@ -203,7 +203,7 @@ def lists(tiling: Tiling, mask: Mask, *, known: bool, tested: bool, spans: Spans
 
 
 @functools.lru_cache(maxsize=64)
-def _tables_of(mask: Mask, variants, L: int, S: int, q_tile: int, kv_tile: int) -> Int8[ndarray, "variants_h rows columns"]:
+def tables_of(mask: Mask, variants, L: int, S: int, q_tile: int, kv_tile: int) -> Int8[ndarray, "variants_h rows columns"]:
     """What `tables` gives, for positions by `call.Spans`: the heads of each variant after those of the one before.
 
     By the bounds of a tile's positions alone, which may lie apart: PARTIAL may stand for SKIP.

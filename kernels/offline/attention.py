@@ -16,6 +16,7 @@ import numpy as np
 
 from kernels import compat
 from kernels.attention import biases, masks, portable
+from kernels.attention.adjoint import Rows
 from kernels.attention.call import Call
 from kernels.attention.portable import backward, forward, lists
 from kernels.attention.portable.tiling import BLOCKS, FLOAT32_BLOCKS, Blocks, Tiling, plan
@@ -37,7 +38,7 @@ class Kernel:
     mask: str
 
 
-PASSES: dict[str, Callable[[Tiling, Call, backward.Rows], Any]] = {
+PASSES: dict[str, Callable[[Tiling, Call, Rows], Any]] = {
     "forward": lambda tiling, call, rows: forward.run_forward(tiling, call),
     "dkv": backward.run_dkv,
     "dq": backward.run_dq,
@@ -63,7 +64,7 @@ def lower(kernel: Kernel, length: int = LENGTH) -> jax.stages.Lowered:
     call = _call(q, kv, MASKS[kernel.mask], table)
     run = functools.partial(PASSES[kernel.name], _tiling(call, kernel.blocks))
     with compat.abstract_gpu():
-        return jax.jit(run).trace(call, backward.Rows(q, row, row)).lower(lowering_platforms=("cuda",))
+        return jax.jit(run).trace(call, Rows(q, row, row)).lower(lowering_platforms=("cuda",))
 
 
 def tiles(kernel: Kernel, length: int = LENGTH) -> tuple[int, int]:

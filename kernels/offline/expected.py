@@ -4,9 +4,11 @@
 
 For each pass, with the block table's tiles and the tiles that the mask's lists visit: the seconds that tensor cores need at the
 rate large matrix products reach, those of the exponentials, of other arithmetic on scores, of tiles from the second-level cache
-and arrays from memory, and how full the last wave of programs leaves the processors. `best` overlaps all of them, as ping-pong
-scheduling tries to; `worst` overlaps products with no arithmetic on scores. Launches, barriers, the pipeline's start and clocks
-that sink under load are left out. Operations are counted as in `benchmarks.gpu_attention`.
+and arrays from memory, and how full the last wave of programs leaves the processors, of which each holds as many programs as
+the registers and shared memory of the compiled kernel allow (`python -m kernels.offline --op=mosaic --compile` wrote them).
+`best` overlaps all of them, as ping-pong scheduling tries to; `worst` overlaps products with no arithmetic on scores. Launches,
+barriers, the pipeline's start and clocks that sink under load are left out. Operations are those of allowed pairs. Where a
+target is a ratio to dense causal attention of our own, the same ratio of the model stands beside it.
 """
 
 import argparse
@@ -19,8 +21,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from kernels.attention.mosaic.tiling import HEAD_SIZES, Tiling, plan
+from kernels.attention import masks, tiles
+from kernels.attention.mosaic.tiling import HEAD_SIZES, Tiling, is_stored, plan
 from kernels.attention.portable import lists
 from kernels.offline import mosaic
 
@@ -38,6 +42,8 @@ class Card:
     lanes: int = 128
     memory: float = 4.8e12
     cache: float = 5.5e12
+    registers: int = 65536
+    shared: int = 228 * 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,16 +66,26 @@ TARGETS = {
     ("backward", 128): "0.85 of cuDNN; 380 causal, 440 full TFLOP/s",
     ("backward", 64): "0.80 of cuDNN",
 }
-"""From 4096 tokens on."""
+"""Of full and causal masks, from 4096 tokens on."""
+
+SPARSE = {"window": "5 times as fast as causal, at 16384 tokens", "BigBird": "0.8 of the full rate, from a density of 0.1 on"}
+SHAPES = [(mask, n) for mask in ("full", "causal") for n in LENGTHS] + [("window", 16384), ("BigBird", 4096)]
+COMPILED = "results/offline/mosaic-h200.json"
 
 
-def seconds(tiling: Tiling, visits: int, heads: int, D: int, work: Pass, card: Card) -> dict[str, float]:
-    """By what takes them, of one kernel; `visits` of tiles in one head, `heads` over the batch."""
+def programs(figures: dict[str, int], card: Card) -> int:
+    """How many programs of a compiled kernel a processor holds; the system keeps 1 KiB of shared memory for each."""
+    threads = 128 * (figures["consumers"] + 1)
+    return min(card.registers // (threads * figures["registers"]), card.shared // (figures["shared_bytes"] + 1024))
+
+
+def seconds(tiling: Tiling, visits: int, heads: int, D: int, work: Pass, held: int, card: Card) -> dict[str, float]:
+    """By what takes them, of one kernel; `visits` of tiles in a head, `heads` over the batch, programs `held` by a processor."""
     area = tiling.q_tile * tiling.kv_tile
     scores = visits * area * heads
     visited_side = tiling.q_tile if work.name == "dkv" else tiling.kv_tile
     lines = tiling.columns if work.name == "dkv" else tiling.rows
-    waves = heads * lines / card.processors  # one program a processor: 384 threads of 168 registers
+    waves = heads * lines / (card.processors * held)
     tiles_moved = visits * heads * 2 * visited_side * D * 2
     return {
         "tensor": 2 * work.products * scores * D / card.tensor,
@@ -81,42 +97,75 @@ def seconds(tiling: Tiling, visits: int, heads: int, D: int, work: Pass, card: C
     }
 
 
-def row(which: str, D: int, mask: str, length: int, card: Card) -> dict[str, Any]:
+def allowed_pairs(mask: masks.Mask, length: int, tile: int = 128) -> int:
+    kinds = tiles.tables(mask, length, length, tile, tile)[0]
+    steps = np.arange(tile)
+    partial = sum(
+        int(np.broadcast_to(mask.allowed(tile * i + steps[:, None], tile * j + steps[None]), (tile, tile)).sum())
+        for i, j in np.argwhere(kinds == masks.PARTIAL)
+    )
+    return partial + tile**2 * int((kinds == masks.FULL).sum())
+
+
+def row(which: str, D: int, mask: str, length: int, compiled: list[dict], card: Card) -> dict[str, Any]:
     """Expected milliseconds and TFLOP/s of one pass."""
     heads, B = WIDTH // D, max(1, TOKENS // length)
     x = jax.ShapeDtypeStruct((B, length, heads, D), jnp.bfloat16)
     call = mosaic.call_of(x, x, x, mask)
     cut = plan(call, interpret=False)
     best = worst = counted = 0.0
-    parts = {}
+    parts, pairs = {}, allowed_pairs(call.mask, length)
     for work in PASSES[which]:
         tiling = getattr(cut, work.name)
-        visits = int(lists.by_row(call, tiling).visits.sum())
-        parts[work.name] = seconds(tiling, visits, heads * B, D, work, card)
-        time = dict(parts[work.name])
-        wave = time.pop("wave")
+        visits = int(lists.by_row(call, tiling, stored=is_stored(call.mask)).visits.sum())
+        figures = _figures(compiled, work.name, D, mask)
+        held = programs(figures, card)
+        time = seconds(tiling, visits, heads * B, D, work, held, card)
+        parts[work.name] = time | {name: figures[name] for name in ("registers", "shared_bytes", "wgmma")} | {"programs": held}
         on_scores = time["exponentials"] + time["arithmetic"]
-        best += wave * max(on_scores, time["tensor"], time["cache"], time["memory"])
-        worst += wave * max(on_scores + time["tensor"], time["cache"], time["memory"])
-        share = {"full": 1, "causal": (length + 1) / (2 * length)}[mask]
-        counted += work.counted * 4 * B * heads * length**2 * D * share
-    found = {"pass": which, "head_size": D, "mask": mask, "length": length, "target": TARGETS[which, D]}
-    found |= {"best_ms": 1e3 * best, "worst_ms": 1e3 * worst}
-    found |= {"tflops": [round(counted / seconds / 1e12) for seconds in (worst, best)], "seconds": parts}
-    return found
+        best += time["wave"] * max(on_scores, time["tensor"], time["cache"], time["memory"])
+        worst += time["wave"] * max(on_scores + time["tensor"], time["cache"], time["memory"])
+        counted += work.counted * 4 * B * heads * pairs * D
+    found = {"pass": which, "head_size": D, "mask": mask, "length": length, "density": round(pairs / length**2, 3)}
+    found |= {"target": SPARSE.get(mask, TARGETS[which, D]), "best_ms": 1e3 * best, "worst_ms": 1e3 * worst}
+    return found | {"tflops": [round(counted / seconds / 1e12) for seconds in (worst, best)], "kernels": parts}
+
+
+def _figures(compiled: list[dict], name: str, D: int, mask: str) -> dict[str, Any]:
+    key = {"kernel": name, "dtype": "bfloat16", "head_size": D, "mask": mask}
+    return next(row for row in compiled if key.items() <= row.items())
+
+
+def compare(rows: list[dict]) -> None:
+    """Beside what is measured against dense attention of our own: how many times as fast, and of its rate; worst and best."""
+    at = {(row["pass"], row["head_size"], row["mask"], row["length"]): row for row in rows}
+    for row in rows:
+        where = row["pass"], row["head_size"]
+        if row["mask"] == "window":
+            dense = at[*where, "causal", row["length"]]
+            row["times_as_fast"] = [round(dense[end] / row[end], 2) for end in ("worst_ms", "best_ms")]
+        if row["mask"] == "BigBird":
+            dense = at[*where, "full", row["length"]]
+            row["of_the_rate"] = [round(ours / theirs, 2) for ours, theirs in zip(row["tflops"], dense["tflops"])]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", help="where to write the model's figures as JSON")
+    parser.add_argument("--compiled", default=COMPILED, help="the figures of the compiled kernels")
     options = parser.parse_args()
-    card, rows = Card(), []
-    for which, D, mask, length in itertools.product(PASSES, HEAD_SIZES, ("full", "causal"), LENGTHS):
-        rows.append(row(which, D, mask, length, card))
-        low, high = rows[-1]["tflops"]
-        print(f"{which:8} D={D:<3} {mask:6} N={length:<5} model {low} to {high} TFLOP/s; asked: {rows[-1]['target']}", flush=True)
+    card, compiled = Card(), json.loads(pathlib.Path(options.compiled).read_text())
+    shapes = itertools.product(PASSES, HEAD_SIZES, SHAPES)
+    rows = [row(which, D, *shape, compiled["rows"], card) for which, D, shape in shapes]
+    compare(rows)
+    for found in rows:
+        low, high = found["tflops"]
+        ratio = found.get("times_as_fast", found.get("of_the_rate", ""))
+        what = f"{found['pass']:8} D={found['head_size']:<3} {found['mask']:7} N={found['length']:<5}"
+        print(f"{what} model {low} to {high} TFLOP/s {ratio}; asked: {found['target']}")
     if options.out:
-        facts = {"what": "a model of an H200, nothing measured", "card": dataclasses.asdict(card), "rows": rows}
+        of = {name: compiled["environment"][name] for name in ("commit", "jax", "ptxas-blackwell")}
+        facts = {"what": "a model of an H200, nothing measured", "compiled": of, "card": dataclasses.asdict(card), "rows": rows}
         pathlib.Path(options.out).write_text(json.dumps(facts, indent=1) + "\n")
 
 

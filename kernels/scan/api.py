@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Inexact
 
-from kernels.dispatch import Choice, Implementation, choose
+from kernels.dispatch import Choice, Implementation, anything, choose
 from kernels.scan import associative, carried, chunked, portable, reference
 from kernels.scan.adjoint import scan_with_adjoint
 from kernels.scan.arguments import check_arrays, check_direction, check_shape
@@ -35,14 +35,10 @@ def _with_adjoint(scan):
     return lambda a, b, h0, reset, reverse: scan_with_adjoint(scan, reverse, a, b, h0, reset)
 
 
-def _anything(spec: ScanSpec) -> None:
-    return None
-
-
 IMPLEMENTATIONS = {
-    "reference": Implementation(_reference, _anything, "lax.scan, one step after another: the specification"),
-    "associative": Implementation(_with_adjoint(associative.scan), _anything, "lax.associative_scan: O(log L) dependent steps"),
-    "chunked": Implementation(_with_adjoint(chunked.scan), _anything, "two passes over unrolled chunks"),
+    "reference": Implementation(_reference, anything, "lax.scan, one step after another: the specification"),
+    "associative": Implementation(_with_adjoint(associative.scan), anything, "lax.associative_scan: O(log L) dependent steps"),
+    "chunked": Implementation(_with_adjoint(chunked.scan), anything, "two passes over unrolled chunks"),
     "portable": Implementation(
         _with_adjoint(portable.scan),
         portable.why_not,

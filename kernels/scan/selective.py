@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from kernels.dispatch import Choice, Implementation, choose
+from kernels.dispatch import Choice, Implementation, anything, choose
 from kernels.scan import carried, selective_chunked, selective_portable, selective_reference, triton
 from kernels.scan.arguments import check_arrays, check_direction
 from kernels.scan.selective_reference import Inputs, discretise, keeps
@@ -27,10 +27,6 @@ class SelectiveSpec:
     platform: str
 
 
-def _anything(spec: SelectiveSpec) -> None:
-    return None
-
-
 def _compiled(scan):
     """As one compiled function, also where the caller is not: its loops are then not traced again at every call."""
     return jax.jit(scan, static_argnums=(0, 1))
@@ -38,15 +34,15 @@ def _compiled(scan):
 
 IMPLEMENTATIONS = {
     "reference": Implementation(
-        _compiled(selective_reference.scan), _anything, "lax.scan, one step after another: the specification"
+        _compiled(selective_reference.scan), anything, "lax.scan, one step after another: the specification"
     ),
     "associative": Implementation(
         _compiled(selective_reference.parallel_prefix),
-        _anything,
+        anything,
         "lax.associative_scan: O(log L) dependent steps, but several [B, L, E, N]",
     ),
     "chunked": Implementation(
-        _compiled(selective_chunked.scan), _anything, "states kept every 32 steps and computed again between"
+        _compiled(selective_chunked.scan), anything, "states kept every 32 steps and computed again between"
     ),
     "portable": Implementation(
         _compiled(selective_portable.scan),

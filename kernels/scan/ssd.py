@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from kernels.dispatch import Choice, Implementation, choose, shown
+from kernels.dispatch import Choice, Implementation, anything, choose, shown
 from kernels.scan import carried, ssd_forms
 from kernels.scan.arguments import check_arrays, check_direction
 from kernels.scan.selective_reference import keeps
@@ -27,13 +27,9 @@ class SSDSpec:
     platform: str
 
 
-def _anything(spec: SSDSpec) -> None:
-    return None
-
-
 IMPLEMENTATIONS = {
-    "reference": Implementation(jax.jit(ssd_forms.recurrence), _anything, "lax.scan, one step after another: the specification"),
-    "chunked": Implementation(jax.jit(ssd_forms.dual), _anything, "products of matrices inside chunks of 64 steps"),
+    "reference": Implementation(jax.jit(ssd_forms.recurrence), anything, "lax.scan, one step after another: the specification"),
+    "chunked": Implementation(jax.jit(ssd_forms.dual), anything, "products of matrices inside chunks of 64 steps"),
 }
 PREFERENCE = ("chunked", "reference")  # everywhere; measured on CPU only
 

@@ -13,7 +13,7 @@ import pytest
 from kernels import attention
 from kernels.attention import Dropout, biases, explain, masks, portable
 from kernels.attention.api import _call
-from kernels.attention.call import spec_of
+from kernels.attention.call import Spans, spec_of
 from kernels.attention.portable import lists, tiling
 from kernels.attention.portable.tiling import Blocks
 
@@ -209,6 +209,20 @@ def test_stored_patterns_are_stored_once():
     listed = lists.by_row(call, tiling.plan(call, interpret=True, blocks=dict.fromkeys(BLOCKS, Blocks(32, 32, 4, 2))).dq)
     np.testing.assert_array_equal(listed.stored, np.stack([np.ones((32, 32)), np.tri(32)]))
     assert listed.visits.sum() == 8 * 9 // 2 + 64
+
+
+def test_tiles_are_skipped_by_what_is_known_of_positions_before_tracing(quick_compile):
+    """Of two stretches, keys after all queries are not visited, keys before them without a test, the same ones half."""
+    starts = ((0, 1), (128, 1)), ((128, 1), (0, 1)), ((128, 1), (128, 1))
+    q, k, v, _ = Case(128, 128).arguments(jnp.float32)
+    call = _call(q, k, v, *[None] * 5, mask=masks.Causal(), softcap=None, scale=None)
+    call = dataclasses.replace(call, q_positions=jnp.arange(128)[None], kv_positions=jnp.arange(128)[None])
+    tilings = tiling.plan(call, interpret=True, blocks=dict.fromkeys(BLOCKS, Blocks(32, 32, 4, 2)))
+    for which, (tiles, tested) in enumerate([(0, 0), (16, 0), (10, 4)]):
+        spanned = dataclasses.replace(call, spans=Spans(jnp.int32(which), starts))
+        for listed in (lists.by_row(spanned, tilings.forward), lists.by_column(spanned, tilings.dkv)):
+            assert listed.heads == 1 and (listed.bounds[..., 2] - listed.bounds[..., 0]).sum() == tiles
+            assert (listed.bounds[..., 2] - listed.bounds[..., 1]).sum() == tested
 
 
 def test_block_sizes_follow_head_size_and_length():

@@ -6,7 +6,8 @@ through every implementation. An implementation that works in tiles asks it two 
 - `axes()`: for every leaf, which of its axes run along batch "B", heads "H", queries "L" or keys "S" (None: none of them). The
   implementation cuts the leaves to its tile, and adds their gradients up, along these. An axis of size 1 is never cut.
 - `score(score, q_pos, kv_pos, head)`: the new scores, on the bias whose leaves have been cut. The arguments have four axes
-  [B, H, L, S], of size 1 where they do not vary; elementwise, so that the rule traces in XLA and inside a kernel.
+  [B, H, L, S], of size 1 where they do not vary; elementwise, so that the rule traces in XLA and inside a kernel. Where a tile is
+  of one head, they may have the two axes [L, S] alone, and arrays per head none, or those two.
 
 Scores arrive multiplied by `scale` and soft-capped, and are masked afterwards. A score of -inf is a pair that is not allowed.
 

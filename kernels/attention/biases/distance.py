@@ -31,8 +31,8 @@ def _powers(n: int) -> Float[np.ndarray, "n"]:
 
 
 def _by_head(x, dtype):
-    """[H] as [1, H, 1, 1]."""
-    return x.astype(dtype).reshape(1, -1, 1, 1)
+    """[H] as [1, H, 1, 1]; the number of one head, or one for each of its pairs, as it is."""
+    return x.astype(dtype).reshape(1, -1, 1, 1) if x.ndim == 1 else x.astype(dtype)
 
 
 def _distance(q_pos, kv_pos, dtype):

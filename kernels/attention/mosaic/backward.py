@@ -15,36 +15,49 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
+from kernels.attention.adjoint import Rows
+from kernels.attention.biases import Axes
 from kernels.attention.call import Call
 from kernels.attention.mosaic.machine import machine
-from kernels.attention.mosaic.program import Ring, launch, load, matrix, run_roles, vector, walk
-from kernels.attention.mosaic.tile import Tile
-from kernels.attention.mosaic.tiling import Plan, Tiling
+from kernels.attention.mosaic.program import Ring, launch, load, matrix, pattern_buffers, run_roles, stored, vector, walk
+from kernels.attention.mosaic.tile import Tile, of_bias, of_keys, of_queries, vectors
+from kernels.attention.mosaic.tiling import Plan, Tiling, is_stored, pad
 from kernels.attention.portable import lists
-from kernels.attention.portable.backward import Rows
-from kernels.attention.portable.tiling import pad, pad_axis
+from kernels.attention.portable.tiling import pad_axis
 
 
 def backward(plan: Plan, call: Call, rows: Rows) -> dict[str, Array]:
-    """The gradients by "q", "k" and "v"; `rows` as `portable.backward.rows_of` makes them."""
+    """The gradients by "q", "k", "v" and "bias"."""
     dk, dv = run_dkv(plan.dkv, call, rows)
-    [dq] = run_dq(plan.dq, call, rows)
+    dq, *by_row = run_dq(plan.dq, call, rows)
     L, S = call.q.shape[1], call.k.shape[1]
-    return {"q": dq[:, :L], "k": dk[:, :S], "v": dv[:, :S]}
+    leaves, structure = jax.tree.flatten(call.bias)
+    axes = [] if call.bias is None else call.bias.axes()
+    dbias = [_summed(x, leaf, at) for x, leaf, at in zip(by_row, leaves, axes, strict=True)]
+    return {"q": dq[:, :L], "k": dk[:, :S], "v": dv[:, :S], "bias": jax.tree.unflatten(structure, dbias)}
+
+
+def _summed(by_row: Array, leaf: Array, at: Axes) -> Array:
+    """The gradient of an array that varies along some of the batch and the heads, of what each row [B, H, L] adds to it."""
+    kept = [name for name, n in zip(at, leaf.shape) if n > 1]
+    total = by_row.sum(axis=[axis for axis, name in enumerate("BHL") if name not in kept])
+    return (total if kept == sorted(kept) else total.T).reshape(leaf.shape).astype(leaf.dtype)
 
 
 def run_dkv(tiling: Tiling, call: Call, rows: Rows) -> list[Array]:
     """dk and dv, padded."""
-    padded, listed = pad(call, tiling), lists.by_column(call, tiling)
+    padded = pad(call, tiling)
+    listed = stored(lists.by_column(call, tiling, stored=is_stored(call.mask)), tiling, transposed=True)
     (B, _, G, D), dtype, blocks = padded.k.shape, call.k.dtype, tiling.blocks
     out = [jax.ShapeDtypeStruct(padded.k.shape, dtype)] * 2
-    ids = [] if call.q_segments is None else [jnp.int32]
-    own = [matrix(blocks.consumers, blocks.own, D, dtype=dtype)] * 2
-    own += [vector(blocks.consumers, blocks.own, dtype=kind) for kind in ids]
-    loaded = plgpu.Barrier(num_barriers=blocks.consumers, num_arrivals=len(own))
+    integers = [jnp.int32] * vectors(padded)
+    own = [matrix(blocks.owners, blocks.own, D, dtype=dtype)] * 2
+    own += [vector(blocks.owners, blocks.own, dtype=kind) for kind in integers]
+    loaded = plgpu.Barrier(num_barriers=blocks.owners, num_arrivals=len(own))
     tiles = [matrix(blocks.stages, blocks.visited, D, dtype=dtype)] * 2
-    tiles += [vector(blocks.stages, blocks.visited, dtype=kind) for kind in (jnp.float32, jnp.float32, *ids)]
-    scratch = [[own, loaded], Ring.scratch(tiling, tiles)]
+    tiles += [vector(blocks.stages, blocks.visited, dtype=kind) for kind in (jnp.float32, jnp.float32, *integers)]
+    tiles += pattern_buffers(listed, tiling)
+    scratch = [[own, loaded, plgpu.Barrier(num_arrivals=2)], Ring.scratch(tiling, tiles)]
     grid = {"group": G, "line": tiling.columns, "batch": B}
     kernel = functools.partial(_dkv_kernel, tiling)
     return launch(kernel, "dkv", tiling, grid, out, scratch, padded, _in_base_2(rows, tiling), listed)
@@ -68,71 +81,83 @@ def _dkv_kernel(tiling: Tiling, operands, outputs, scratch):
         return lax.fori_loop(0, heads, of_head, state) if heads > 1 else of_head(0, state)
 
     def produce():
-        def visit(head, n, row, tested, carry):
+        def visit(head, n, row, pattern, tested, carry):
             queries = pl.ds(row * tiling.q_tile, tiling.q_tile)
             of_tile, of_row = (b, queries, head), (b, head, queries)
             refs = [call.q.at[of_tile], rows.do.at[of_tile], rows.lse.at[of_row], rows.delta.at[of_row]]
-            ring.fill(n, stages, refs + _ids(call.q_segments, b, queries))
+            ring.fill(n, stages, [*refs, *of_queries(call, b, queries), *pattern])
 
         n, _ = of_heads(visit, None)
         ring.drain(n, stages)
 
     def consume(consumer):
-        buffers, loaded = [ref.at[consumer] for ref in keys[0]], keys[1].at[consumer]
-        key = column * tiling.kv_tile + consumer * tiling.blocks.own
+        if not tiling.blocks.split:
+            return accumulate((True, True), consumer, True)
+        owner = lax.div(consumer, jnp.int32(2))
+        pl.when(consumer == 0)(functools.partial(accumulate, (False, True), owner, True))
+        pl.when(consumer == 1)(functools.partial(accumulate, (True, False), owner, False))
+
+    def accumulate(wanted, owner, loads):
+        """dk, dv or both, of the rows of one owner."""
+        buffers, loaded = [ref.at[owner] for ref in keys[0]], keys[1].at[owner]
+        key = column * tiling.kv_tile + owner * tiling.blocks.own
         own = pl.ds(key, tiling.blocks.own)
         at = (b, own, group)
-        load(loaded, list(zip([call.k.at[at], call.v.at[at], *_ids(call.kv_segments, b, own)], buffers, strict=True)))
-        k, v, *ids = buffers
-        ids = [gpu.load(ref, 0) for ref in ids]
+        load(loaded, list(zip([call.k.at[at], call.v.at[at], *of_keys(call, b, own)], buffers, strict=True)), loads)
+        k, v, *integers = buffers
+        integers = [gpu.load(ref, 0) for ref in integers]
 
-        def visit(head, n, row, tested, carry):
+        def visit(head, n, row, pattern, tested, carry):
             [slot] = ring.slot(n, stages)
-            refs = slot.wait()
-            segments = (*ids, gpu.load(refs[4], 1)) if ids else None
-            tile = Tile(gpu, tiling, call, row * tiling.q_tile, key, tested, segments, transposed=True)
-            carry = _visit_queries(gpu, tile, k, v, refs, carry)
+            *refs, allowed = slot.wait() if pattern else [*slot.wait(), None]
+            of_tile = integers, [gpu.load(ref, 1) for ref in refs[4:]]
+            allowed = allowed.at[owner] if pattern else None
+            tile = Tile(gpu, tiling, call, head, row * tiling.q_tile, key, tested, of_tile, allowed, transposed=True)
+            carry = _visit_queries(gpu, tile, of_bias(call, b, head), k, v, refs, carry)
             slot.release()
             return carry
 
-        zeros = gpu.full(k.shape, 0.0), gpu.full(v.shape, 0.0)
-        _, (dk, dv) = of_heads(visit, zeros)
-        _store((dk * call.scale, k, outputs[0].at[at]), (dv, v, outputs[1].at[at]))
+        zeros = tuple(gpu.full(ref.shape, 0.0) if want else None for ref, want in zip((k, v), wanted))
+        _, sums = of_heads(visit, zeros)
+        if tiling.blocks.split:  # the buffers are written when neither reads keys or values any more
+            plgpu.barrier_arrive(keys[2])
+            plgpu.barrier_wait(keys[2])
+        results = zip(sums, (call.scale, 1), (k, v), outputs, strict=True)
+        _store(*((x * factor, ref, out.at[at]) for x, factor, ref, out in results if x is not None))
 
     run_roles(gpu, tiling, produce, consume)
 
 
-def _visit_queries(gpu, tile: Tile, k, v, refs, carry):
-    """dk and dv after one tile, whose rows are keys."""
+def _visit_queries(gpu, tile: Tile, bias, k, v, refs, carry):
+    """dk and dv, those that are not None, after one tile, whose rows are keys."""
     dk, dv = carry
     q, do, lse, delta = refs[:4]
-    s, derivative = tile.scores(gpu.product(k, q))
+    s, pullback = tile.scores(gpu.product(k, q), bias)
     p = jnp.exp2(s - lax.broadcast_in_dim(gpu.load(lse, 1), s.shape, [1]))
     weights = p.astype(tile.call.q.dtype)
-    if derivative is not None:  # used up before the products, lest it holds registers through them
-        weights, p = lax.optimization_barrier((weights, p * derivative))
-    dv = gpu.add_product(dv, weights, do)
-    ds = p * gpu.add_transposed(lax.broadcast_in_dim(-gpu.load(delta, 1), s.shape, [1]), v, do)
-    return gpu.add_product(dk, ds.astype(tile.call.q.dtype), q), dv
-
-
-def _ids(segments, b, at) -> list:
-    """The segment ids of some rows, if there are any."""
-    return [] if segments is None else [segments.at[b, at]]
+    if pullback is not None:  # used up before the products, lest it holds registers through them
+        weights, p = lax.optimization_barrier((weights, pullback(p)[0]))
+    if dv is not None:
+        dv = gpu.add_product(dv, weights, do)
+    if dk is not None:
+        ds = p * gpu.add_transposed(lax.broadcast_in_dim(-gpu.load(delta, 1), s.shape, [1]), v, do)
+        dk = gpu.add_product(dk, ds.astype(tile.call.q.dtype), q)
+    return dk, dv
 
 
 def run_dq(tiling: Tiling, call: Call, rows: Rows) -> list[Array]:
-    """dq, padded."""
-    padded, listed = pad(call, tiling), lists.by_row(call, tiling)
-    (B, _, H, D), dtype, blocks = padded.q.shape, call.q.dtype, tiling.blocks
-    ids = [] if call.q_segments is None else [jnp.int32]
+    """dq, and for each array of the bias what each row adds to its gradient [B, H, L]; padded."""
+    padded, listed = pad(call, tiling), stored(lists.by_row(call, tiling, stored=is_stored(call.mask)), tiling)
+    (B, L, H, D), dtype, blocks = padded.q.shape, call.q.dtype, tiling.blocks
+    integers = [jnp.int32] * vectors(padded)
     own = [matrix(blocks.consumers, blocks.own, D, dtype=dtype)] * 2
-    own += [vector(blocks.consumers, blocks.own, dtype=kind) for kind in (jnp.float32, jnp.float32, *ids)]
+    own += [vector(blocks.consumers, blocks.own, dtype=kind) for kind in (jnp.float32, jnp.float32, *integers)]
     loaded = plgpu.Barrier(num_barriers=blocks.consumers, num_arrivals=len(own))
     tiles = [matrix(blocks.stages, blocks.visited, D, dtype=dtype)] * 2
-    tiles += [vector(blocks.stages, blocks.visited, dtype=kind) for kind in ids]
-    scratch = [[own, loaded], Ring.scratch(tiling, tiles)]
-    out = [jax.ShapeDtypeStruct(padded.q.shape, dtype)]
+    tiles += [vector(blocks.stages, blocks.visited, dtype=kind) for kind in integers] + pattern_buffers(listed, tiling)
+    sums = [vector(blocks.consumers, blocks.own) for _ in jax.tree.leaves(call.bias)]
+    scratch = [[own, loaded, sums], Ring.scratch(tiling, tiles)]
+    out = [jax.ShapeDtypeStruct(padded.q.shape, dtype), *(jax.ShapeDtypeStruct((B, H, L), jnp.float32) for _ in sums)]
     grid = {"head": H, "line": tiling.rows, "batch": B}
     kernel = functools.partial(_dq_kernel, tiling)
     return launch(kernel, "dq", tiling, grid, out, scratch, padded, _in_base_2(rows, tiling), listed)
@@ -148,10 +173,10 @@ def _dq_kernel(tiling: Tiling, operands, outputs, scratch):
     def produce():
         group = lax.div(head, jnp.int32(call.q.shape[2] // call.k.shape[2]))
 
-        def visit(n, column, tested, carry):
+        def visit(n, column, pattern, tested, carry):
             keys = pl.ds(column * tiling.kv_tile, tiling.kv_tile)
             at = (b, keys, group)
-            ring.fill(n, stages, [call.k.at[at], call.v.at[at], *_ids(call.kv_segments, b, keys)])
+            ring.fill(n, stages, [call.k.at[at], call.v.at[at], *of_keys(call, b, keys), *pattern])
 
         n, _ = walk(listed, head, row, visit, (jnp.int32(0), None))
         ring.drain(n, stages)
@@ -162,33 +187,41 @@ def _dq_kernel(tiling: Tiling, operands, outputs, scratch):
         own = pl.ds(query, tiling.blocks.own)
         of_tile, of_row = (b, own, head), (b, head, own)
         sources = [call.q.at[of_tile], rows.do.at[of_tile], rows.lse.at[of_row], rows.delta.at[of_row]]
-        load(loaded, list(zip(sources + _ids(call.q_segments, b, own), buffers, strict=True)))
-        q, do, *vectors = buffers
-        lse, delta, *ids = (gpu.load(ref, 0) for ref in vectors)
+        load(loaded, list(zip(sources + of_queries(call, b, own), buffers, strict=True)))
+        q, do, *along = buffers
+        lse, delta, *integers = (gpu.load(ref, 0) for ref in along)
+        bias = [gpu.full((tiling.blocks.own,), number) for number in of_bias(call, b, head)]
 
-        def visit(n, column, tested, dq):
+        def visit(n, column, pattern, tested, carry):
             [slot] = ring.slot(n, stages)
-            k, v, *kv_ids = slot.wait()
-            segments = (*ids, gpu.load(*kv_ids, 1)) if ids else None
-            tile = Tile(gpu, tiling, call, query, column * tiling.kv_tile, tested, segments)
-            dq = _visit_keys(gpu, tile, (q, do, lse, delta), (k, v), dq)
+            k, v, *along = slot.wait()
+            allowed = along.pop().at[consumer] if pattern else None
+            vectors = integers, [gpu.load(ref, 1) for ref in along]
+            tile = Tile(gpu, tiling, call, head, query, column * tiling.kv_tile, tested, vectors, allowed)
+            carry = _visit_keys(gpu, tile, bias, (q, do, lse, delta), (k, v), carry)
             slot.release()
-            return dq
+            return carry
 
-        _, dq = walk(listed, head, row, visit, (jnp.int32(0), gpu.full(q.shape, 0.0)))
-        _store((dq * call.scale, q, outputs[0].at[of_tile]))
+        zeros = gpu.full(q.shape, 0.0), [gpu.full((tiling.blocks.own,), 0.0) for _ in bias]
+        _, (dq, dbias) = walk(listed, head, row, visit, (jnp.int32(0), zeros))
+        sums = zip(dbias, queries[2], outputs[1:], strict=True)
+        _store((dq * call.scale, q, outputs[0].at[of_tile]), *((x, ref.at[consumer], out.at[of_row]) for x, ref, out in sums))
 
     run_roles(gpu, tiling, produce, consume)
 
 
-def _visit_keys(gpu, tile: Tile, of_queries, of_keys, dq):
-    """dq after one tile, whose rows are queries."""
-    (q, do, lse, delta), (k, v) = of_queries, of_keys
-    s, derivative = tile.scores(gpu.product(q, k))
+def _visit_keys(gpu, tile: Tile, bias, of_queries, of_keys, carry):
+    """dq and the bias's gradients after one tile, whose rows are queries."""
+    (dq, dbias), (q, do, lse, delta), (k, v) = carry, of_queries, of_keys
+    s, pullback = tile.scores(gpu.product(q, k), bias)
     p = jnp.exp2(s - lax.broadcast_in_dim(lse, s.shape, [0]))
-    p = p if derivative is None else p * derivative
+    if pullback is not None and not bias:  # used up before the next product
+        p = pullback(p)[0]
     ds = p * (gpu.product(do, v) - lax.broadcast_in_dim(delta, s.shape, [0]))
-    return gpu.add_product(dq, ds.astype(tile.call.q.dtype), k)
+    if bias:
+        ds, more = pullback(ds)
+        dbias = [total + x for total, x in zip(dbias, more, strict=True)]
+    return gpu.add_product(dq, ds.astype(tile.call.q.dtype), k), dbias
 
 
 def _in_base_2(rows: Rows, tiling: Tiling) -> Rows:

@@ -16,11 +16,10 @@ from jaxtyping import Array, Float
 
 from kernels.attention.call import Call
 from kernels.attention.mosaic.machine import machine
-from kernels.attention.mosaic.program import Ring, launch, load, matrix, run_roles, vector, walk
-from kernels.attention.mosaic.tile import Tile
-from kernels.attention.mosaic.tiling import Tiling
+from kernels.attention.mosaic.program import Ring, launch, load, matrix, pattern_buffers, run_roles, stored, vector, walk
+from kernels.attention.mosaic.tile import Tile, of_bias, of_keys, of_queries, vectors
+from kernels.attention.mosaic.tiling import Tiling, is_stored, pad
 from kernels.attention.portable import lists
-from kernels.attention.portable.tiling import pad
 
 
 def forward(tiling: Tiling, call: Call) -> tuple[Float[Array, "B L H Dv"], Float[Array, "B H L"]]:
@@ -31,15 +30,13 @@ def forward(tiling: Tiling, call: Call) -> tuple[Float[Array, "B L H Dv"], Float
 
 def run_forward(tiling: Tiling, call: Call) -> list[Array]:
     """The kernel's outputs, padded."""
-    padded, listed = pad(call, tiling), lists.by_row(call, tiling)
+    padded, listed = pad(call, tiling), stored(lists.by_row(call, tiling, stored=is_stored(call.mask)), tiling)
     (B, L, H, D), dtype = padded.q.shape, call.q.dtype
     blocks = tiling.blocks
     out = [jax.ShapeDtypeStruct((B, L, H, D), dtype), jax.ShapeDtypeStruct((B, H, L), jnp.float32)]
-    ids = [] if call.q_segments is None else [jnp.int32]
-    own = [
-        matrix(blocks.consumers, blocks.own, D, dtype=dtype),
-        *(vector(blocks.consumers, blocks.own, dtype=kind) for kind in ids),
-    ]
+    integers = vectors(padded)
+    own = [matrix(blocks.consumers, blocks.own, D, dtype=dtype)]
+    own += [vector(blocks.consumers, blocks.own, dtype=jnp.int32)] * integers
     scratch = [
         own,
         vector(blocks.consumers, blocks.own),
@@ -47,10 +44,12 @@ def run_forward(tiling: Tiling, call: Call) -> list[Array]:
         plgpu.Barrier(num_arrivals=2),
     ]
     tile = matrix(blocks.stages, blocks.visited, D, dtype=dtype)
-    of_keys = [tile, *(vector(blocks.stages, blocks.visited, dtype=kind) for kind in ids)]
+    with_keys = [vector(blocks.stages, blocks.visited, dtype=jnp.int32)] * integers + pattern_buffers(listed, tiling)
     grid = {"head": H, "line": tiling.rows, "batch": B}
     kernel = functools.partial(_kernel, tiling)
-    return launch(kernel, "forward", tiling, grid, out, [scratch, Ring.scratch(tiling, of_keys, [tile])], padded, listed)
+    return launch(
+        kernel, "forward", tiling, grid, out, [scratch, Ring.scratch(tiling, [tile, *with_keys], [tile])], padded, listed
+    )
 
 
 def _kernel(tiling: Tiling, operands, outputs, scratch):
@@ -63,10 +62,10 @@ def _kernel(tiling: Tiling, operands, outputs, scratch):
     def produce():
         group = lax.div(head, jnp.int32(call.q.shape[2] // call.k.shape[2]))
 
-        def visit(n, column, tested, carry):
+        def visit(n, column, pattern, tested, carry):
             keys = pl.ds(column * tiling.kv_tile, tiling.kv_tile)
-            ids = [] if call.kv_segments is None else [call.kv_segments.at[b, keys]]
-            ring.fill(n, tiling.blocks.stages, [call.k.at[b, keys, group], *ids], [call.v.at[b, keys, group]])
+            of_k, of_v = (x.at[b, keys, group] for x in (call.k, call.v))
+            ring.fill(n, tiling.blocks.stages, [of_k, *of_keys(call, b, keys), *pattern], [of_v])
 
         n, _ = walk(listed, head, row, visit, (jnp.int32(0), None))
         ring.drain(n, tiling.blocks.stages)
@@ -83,20 +82,24 @@ def _consume(gpu, tiling: Tiling, call: Call, listed: lists.Lists, outputs, rows
     own = pl.ds(query, tiling.blocks.own)
     buffers, lse, loaded = [ref.at[consumer] for ref in rows[0]], rows[1].at[consumer], rows[2].at[consumer]
     turn = Turn(rows[3], tiling.blocks.pingpong)
-    sources = [call.q.at[b, own, head]] + ([] if call.q_segments is None else [call.q_segments.at[b, own]])
-    load(loaded, list(zip(sources, buffers, strict=True)))
-    q, *ids = buffers
-    ids = [gpu.load(ref, 0) for ref in ids]
+    load(loaded, list(zip([call.q.at[b, own, head], *of_queries(call, b, own)], buffers, strict=True)))
+    q, *integers = buffers
+    integers = [gpu.load(ref, 0) for ref in integers]
+    bias = of_bias(call, b, head)
 
-    def visit(n, column, tested, carry):
+    def visit(n, column, pattern, tested, carry):
         of_k, of_v = ring.slot(n, tiling.blocks.stages)
-        k, *kv_ids = of_k.wait()
-        segments = (*ids, gpu.load(*kv_ids, 1)) if ids else None
-        tile = Tile(gpu, tiling, call, query, column * tiling.kv_tile, tested, segments)
+        k, *along = of_k.wait()
+        allowed = along.pop().at[consumer] if pattern else None
+        of_tile = integers, [gpu.load(ref, 1) for ref in along]
+        tile = Tile(gpu, tiling, call, head, query, column * tiling.kv_tile, tested, of_tile, allowed)
         products = gpu.product(q, k)
         turn.swap()
-        of_k.release()
-        *statistics, acc, weights = _online_softmax(tile, products, *carry)
+        if not pattern:
+            of_k.release()
+        *statistics, acc, weights = _online_softmax(tile, products, bias, *carry)
+        if pattern:
+            of_k.release()
         turn.finish()
         acc = gpu.add_product(acc, weights, *of_v.wait())
         of_v.release()
@@ -116,9 +119,9 @@ def _consume(gpu, tiling: Tiling, call: Call, listed: lists.Lists, outputs, rows
     plgpu.wait_smem_to_gmem(0)
 
 
-def _online_softmax(tile: Tile, products, m, l, acc):
+def _online_softmax(tile: Tile, products, bias, m, l, acc):
     """m, l and acc rescaled for this tile's scores, and the tile's weights (Milakov & Gimelshein 2018), in base 2."""
-    s, _ = tile.scores(products)
+    s, _ = tile.scores(products, bias)
     m_new = jnp.maximum(m, s.max(axis=1))
     shift = jnp.where(m_new == -jnp.inf, 0, m_new) if tile.tested else m_new
     p = jnp.exp2(s - lax.broadcast_in_dim(shift, s.shape, [0]))

@@ -19,7 +19,7 @@ class Hopper:
 
     matrix, vector, across = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 
-    def full(self, shape: tuple[int, ...], value: float) -> jax.Array:
+    def full(self, shape: tuple[int, ...], value: float | jax.Array) -> jax.Array:
         """A float32 matrix, or a vector along its rows."""
         return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), self.matrix if len(shape) == 2 else self.vector)
 
@@ -31,6 +31,10 @@ class Hopper:
     def load(self, ref, axis: int) -> jax.Array:
         """A vector from shared memory, along the rows (axis 0) or the columns (axis 1) of a matrix."""
         return compat.mosaic_load(ref, self.across if axis else self.vector)
+
+    def load_matrix(self, ref) -> jax.Array:
+        """A matrix of bytes from shared memory, as integers."""
+        return compat.mosaic_load(ref, self.matrix).astype(jnp.int32)
 
     def product(self, a, b) -> jax.Array:
         """a b^T in float32, of references to shared memory."""
@@ -65,6 +69,9 @@ class Interpreted:
 
     def load(self, ref, axis):
         return ref[...]
+
+    def load_matrix(self, ref):
+        return ref[...].astype(jnp.int32)
 
     def product(self, a, b):
         return _dot(a[...], b[...], 1)

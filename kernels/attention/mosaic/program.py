@@ -96,20 +96,39 @@ def vector(*shape: int, dtype=jnp.float32) -> Any:
     return plgpu.SMEM(shape, dtype)
 
 
-def load(barrier, pairs: Sequence[tuple[Any, Any]]) -> None:
-    """Copy from global to shared memory, (source, target) each, and wait."""
-    for source, target in pairs:
+def load(barrier, pairs: Sequence[tuple[Any, Any]], copies: bool = True) -> None:
+    """Copy from global to shared memory, (source, target) each, and wait; or only wait for the warpgroup that copies."""
+    for source, target in pairs if copies else ():
         plgpu.copy_gmem_to_smem(source, target, barrier)
     plgpu.barrier_wait(barrier)
 
 
+def stored(listed: Lists, tiling: Tiling, *, transposed: bool = False) -> Lists:
+    """The lists with their patterns [patterns, owners, own, visited], keys by queries if `transposed`."""
+    if listed.stored is None:
+        return listed
+    patterns = listed.stored.swapaxes(1, 2) if transposed else listed.stored
+    blocks = tiling.blocks
+    return dataclasses.replace(listed, stored=patterns.reshape(-1, blocks.owners, blocks.own, blocks.visited))
+
+
+def pattern_buffers(listed: Lists, tiling: Tiling) -> list:
+    """What to allocate in the ring for stored patterns, if there are any."""
+    shape = tiling.blocks.stages, tiling.blocks.owners, tiling.blocks.own, tiling.blocks.visited
+    return [] if listed.stored is None else [plgpu.SMEM(shape, jnp.int8)]
+
+
 def walk(listed: Lists, head, line, visit: Callable, state):
-    """`state = visit(n, entry, tested, carry)` over the tiles of a line, those without a test first; state is (n, carry)."""
+    """`state = visit(n, entry, pattern, tested, carry)` over the tiles of a line, those without a test first.
+
+    state is (n, carry); pattern is a list of the reference to the tile's allowed pairs, empty where the mask is evaluated.
+    """
     start, first_tested, end = (listed.bounds[head if listed.heads > 1 else 0, line, i] for i in range(3))
 
     def body(tested, t, state):
         n, carry = state
-        return n + 1, visit(n, listed.entries[t], tested, carry)
+        pattern = [] if listed.stored is None else [listed.stored.at[listed.patterns[t]]]
+        return n + 1, visit(n, listed.entries[t], pattern, tested, carry)
 
     if listed.any_free:
         state = lax.fori_loop(start, first_tested, functools.partial(body, False), state)

@@ -3,8 +3,13 @@
 import dataclasses
 from typing import NamedTuple
 
+import jax.numpy as jnp
+
 from kernels import devices
+from kernels.attention import masks
 from kernels.attention.call import Call
+from kernels.attention.portable import lists
+from kernels.attention.portable import tiling as portable
 from kernels.attention.portable.tiling import Cut
 
 HEAD_SIZES = (64, 128)
@@ -22,6 +27,7 @@ class Blocks(NamedTuple):
     A program owns `consumers` * `own` rows (queries in the forward pass and for dq, keys for dk and dv), `own` for each of its
     consumer warpgroups, and visits the other side in tiles of `visited`, of which `stages` are in shared memory at a time.
     `pingpong`: two consumers take turns on the tensor cores, one multiplies while the other computes its softmax.
+    `split`: two consumers share their rows, one computes dk and the other dv: both sums would not fit into one's registers.
     """
 
     own: int
@@ -29,6 +35,12 @@ class Blocks(NamedTuple):
     consumers: int
     stages: int
     pingpong: bool = False
+    split: bool = False
+
+    @property
+    def owners(self) -> int:
+        """How many warpgroups have rows of their own."""
+        return 1 if self.split else self.consumers
 
 
 def table(kind: str = devices.FALLBACK) -> dict[str, dict[int, Blocks]]:
@@ -62,8 +74,27 @@ def plan(call: Call, interpret: bool, blocks: dict[str, Blocks] | None = None) -
 
     def tiling(name: str) -> Tiling:
         size = sizes[name]
-        own, visited = size.own * size.consumers, size.visited
+        if name == "dkv" and head_size > 64 and size.consumers == 2 and call.softcap is not None:
+            size = size._replace(split=True)  # the derivative of scores takes the registers of one sum
+        own, visited = size.own * size.owners, size.visited
         q_tile, kv_tile = (visited, own) if name == "dkv" else (own, visited)
         return Tiling(q_tile, kv_tile, L, S, size, interpret)
 
     return Plan(tiling("forward"), tiling("dkv"), tiling("dq"))
+
+
+def is_stored(mask: masks.Mask) -> bool:
+    """Whether tiles to be tested are evaluated on the host: a kernel could not, or has operations that Mosaic GPU may lack."""
+    return lists.is_stored(mask) or _holds(mask, (masks.Not, masks.Predicate))
+
+
+def _holds(mask: masks.Mask, kinds: tuple[type, ...]) -> bool:
+    """Whether the mask is of such a kind, or combines one that is."""
+    return isinstance(mask, kinds) or any(_holds(part, kinds) for part in getattr(mask, "parts", ()))
+
+
+def pad(call: Call, tiling: Cut) -> Call:
+    """The call in whole tiles, with 32-bit segment ids and positions, and nothing that only lists need."""
+    padded = portable.pad(call, tiling)
+    ids = {name: x if (x := getattr(padded, name)) is None else x.astype(jnp.int32) for name in ("q_segments", "kv_segments")}
+    return dataclasses.replace(padded, spans=None, **ids)

@@ -1,17 +1,15 @@
 """The kernels as one differentiable function, and the calls that they cannot run."""
 
-import dataclasses
-import functools
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from kernels.attention.adjoint import differentiable, rows_of
 from kernels.attention.call import Call, Spec
-from kernels.attention.portable.backward import backward, rows_of, run_dkv, run_dq
+from kernels.attention.portable.backward import backward, run_dkv, run_dq
 from kernels.attention.portable.forward import forward, run_forward
 from kernels.attention.portable.lists import is_stored
-from kernels.attention.portable.tiling import Blocks, Plan, plan
+from kernels.attention.portable.tiling import Blocks, plan
 
 MAX_HEAD_SIZE = 256
 
@@ -44,7 +42,6 @@ def attend(
       blocks: block sizes of each pass, in place of those of `tiling.BLOCKS`.
       interpret: run Pallas's interpreter; None: where the default device is a CPU.
     """
-    call = dataclasses.replace(call, spans=None)  # tiles are listed without them
     out, lse = _attend(plan(call, _interpret(interpret), blocks), call)
     return out, jnp.moveaxis(lse, 1, 2)
 
@@ -66,21 +63,4 @@ def _interpret(given: bool | None) -> bool:
     return jax.default_backend() == "cpu" if given is None else given
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(plan: Plan, call: Call) -> tuple[Float[Array, "B L H Dv"], Float[Array, "B H L"]]:
-    return forward(plan.forward, call)
-
-
-def _attend_forward(plan: Plan, call: Call):
-    out, lse = _attend(plan, call)
-    return (out, lse), (call, out, lse)
-
-
-def _attend_backward(plan: Plan, residuals, cotangents) -> tuple[Call]:
-    call, *results = residuals
-    gradients = backward(plan, call, rows_of(*results, *cotangents))
-    no_gradient = dict.fromkeys(("q_segments", "kv_segments", "q_positions", "kv_positions", "dropout"))
-    return (dataclasses.replace(call, **gradients, **no_gradient),)
-
-
-_attend.defvjp(_attend_forward, _attend_backward)
+_attend = differentiable(lambda plan, call: forward(plan.forward, call), backward)

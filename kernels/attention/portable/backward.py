@@ -11,7 +11,6 @@ dq kernel, a part from each program; a table that has one in `_table_kernel`, in
 loops over what the table does not vary with.
 """
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -21,27 +20,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
+from kernels.attention.adjoint import Rows
 from kernels.attention.biases import Axes, Bias
 from kernels.attention.call import Call, statistics_dtype
 from kernels.attention.portable import lists
 from kernels.attention.portable.tile import Tile, dot, launch, walk
 from kernels.attention.portable.tiling import Plan, Tiling, pad, pad_axis, power_of_two
-
-
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["do", "lse", "delta"], meta_fields=[])
-@dataclasses.dataclass(frozen=True)
-class Rows:
-    """What is known of each row: the output's gradient do [B, L, H, Dv], lse and delta - dlse [B, H, L]."""
-
-    do: Any
-    lse: Any
-    delta: Any
-
-
-def rows_of(out, lse, dout, dlse) -> Rows:
-    """From the results of the forward pass and their gradients; out [B, L, H, Dv], lse [B, H, L]."""
-    delta = jnp.moveaxis((dout.astype(lse.dtype) * out.astype(lse.dtype)).sum(axis=-1), 1, 2)
-    return Rows(dout, jnp.where(lse == -jnp.inf, jnp.inf, lse), delta - dlse)  # p = exp(s - inf) = 0 where no pair is allowed
 
 
 def backward(plan: Plan, call: Call, rows: Rows) -> dict[str, Any]:

@@ -11,11 +11,12 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Int
 
 from kernels.attention import masks, tiles
-from kernels.attention.call import Call
+from kernels.attention.call import Call, Variants
 from kernels.attention.masks import FULL, SKIP, Mask
 from kernels.attention.portable.tiling import Cut
 
@@ -57,19 +58,19 @@ class _Verdicts:
     stored: Any
 
 
-def by_row(call: Call, tiling: Cut) -> Lists:
-    """A line is a row of tiles, an entry a column."""
-    return _lists(*_key(call, tiling), order=(0, 1, 2))
+def by_row(call: Call, tiling: Cut, *, stored: bool | None = None) -> Lists:
+    """A line is a row of tiles, an entry a column. stored: as in `is_stored`, which decides where it is None."""
+    return _of_call(call, tiling, (0, 1, 2), stored)
 
 
-def by_column(call: Call, tiling: Cut) -> Lists:
-    """A line is a column of tiles, an entry a row."""
-    return _lists(*_key(call, tiling), order=(0, 2, 1))
+def by_column(call: Call, tiling: Cut, *, stored: bool | None = None) -> Lists:
+    """A line is a column of tiles, an entry a row; stored patterns are still queries by keys."""
+    return _of_call(call, tiling, (0, 2, 1), stored)
 
 
 def by_tile(call: Call, tiling: Cut) -> Lists:
     """A line is a single tile, row * columns + column; it has one entry, 0, or none."""
-    return _lists(*_key(call, tiling), order=None)
+    return _of_call(call, tiling, None, None)
 
 
 def is_stored(mask: Mask) -> bool:
@@ -77,9 +78,16 @@ def is_stored(mask: Mask) -> bool:
     return mask.needs_table or len(masks.of_heads(mask)) > 1
 
 
-def _key(call: Call, tiling: Cut):
+def _of_call(call: Call, tiling: Cut, order: tuple[int, int, int] | None, stored: bool | None) -> Lists:
     given = call.q_positions is not None or call.kv_positions is not None
-    return call.mask, tiling.L, tiling.S, tiling.q_tile, tiling.kv_tile, given, call.q_segments is not None
+    variants = None if call.spans is None else call.spans.variants
+    key = call.mask, tiling.L, tiling.S, tiling.q_tile, tiling.kv_tile, given, variants, call.q_segments is not None
+    found = _lists(*key, is_stored(call.mask) if stored is None else stored, order=order)
+    if variants is None:
+        return found
+    heads = found.heads // len(variants)
+    bounds = jnp.asarray(found.bounds.reshape(len(variants), heads, *found.bounds.shape[1:]))[call.spans.which]
+    return dataclasses.replace(found, bounds=bounds, heads=heads)
 
 
 @functools.lru_cache(maxsize=256)
@@ -109,8 +117,12 @@ def _lists(*key, order: tuple[int, int, int] | None) -> Lists:
 
 
 @functools.lru_cache(maxsize=64)
-def _verdicts(mask: Mask, L: int, S: int, q_tile: int, kv_tile: int, given: bool, segmented: bool) -> _Verdicts:
-    if given:
+def _verdicts(
+    mask: Mask, L: int, S: int, q_tile: int, kv_tile: int, given: bool, variants: Variants | None, segmented: bool, stored: bool
+) -> _Verdicts:
+    if variants is not None:
+        kinds = tiles.tables_of(mask, variants, L, S, q_tile, kv_tile)
+    elif given:
         shape = (-(-L // q_tile), -(-S // kv_tile))
         kinds = np.stack([np.full(shape, part.tile(*tiles.ANYWHERE)) for part in masks.of_heads(mask)])
     else:
@@ -119,7 +131,7 @@ def _verdicts(mask: Mask, L: int, S: int, q_tile: int, kv_tile: int, given: bool
     is_cut_short = np.arange(columns) == (columns - 1 if S % kv_tile else columns)
     visited = kinds != SKIP
     tested = visited & ((kinds != FULL) | is_cut_short | segmented)
-    if not is_stored(mask):
+    if not stored:
         return _Verdicts(visited, tested, None, None)
     return _Verdicts(visited, tested, *_evaluate(mask, kinds, tested, L, S, q_tile, kv_tile))
 
