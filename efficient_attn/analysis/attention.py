@@ -19,6 +19,7 @@ def attention(run: Run) -> Table:
 
     The pattern is the first of these that holds more than half of the weight (columns: of the strongest single key, averaged over
     queries); heads that do so nowhere are "spread". Rows are queries of the second half of a window, so that there is a past.
+    The maps are means over the windows, square roots of weights, so that small ones can be seen.
     """
     weights = attention_weights(run, run.windows(run.context, count=WINDOWS)[:, :-1])
     rows = [
@@ -30,7 +31,13 @@ def attention(run: Run) -> Table:
     columns = ("layer.head", "pattern", "self", "previous", "local", "first", "column", "entropy")
     numbered = [(i, *row) for i, row in enumerate(rows)]
     plot = ("head number", ("self", "previous", "local", "first", "column"))
-    return Table("Attention patterns", ("head number", *columns), numbered, plot, notes=notes, log_x=False)
+    shown = {row[1]: row[2] for row in numbered}
+    maps = {
+        f"{layer}.{head} {shown[f'{layer}.{head}']}": np.sqrt(mean[head])
+        for layer, mean in enumerate(maps.mean(axis=0) for maps in weights.values())
+        for head in range(len(mean))
+    }
+    return Table("Attention patterns", ("head number", *columns), numbered, plot, notes=notes, log_x=False, maps=maps)
 
 
 def attention_weights(run: Run, tokens: np.ndarray) -> dict[str, np.ndarray]:

@@ -31,7 +31,10 @@ class AnalysisError(workdir.WorkdirError):
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """One result. plot: the column of x and those of y, one line for each value of the column `lines` ("" for one)."""
+    """One result. plot: the column of x and those of y, one line for each value of the column `lines` ("" for one).
+
+    maps: images besides, rows of queries over columns of keys, by their titles.
+    """
 
     title: str
     columns: tuple[str, ...]
@@ -40,6 +43,7 @@ class Table:
     lines: str = ""
     notes: tuple[str, ...] = ()
     log_x: bool = True
+    maps: Mapping[str, Float[np.ndarray, "L L"]] = dataclasses.field(default_factory=dict)
 
     def markdown(self) -> str:
         cells = [self.columns, ("---",) * len(self.columns), *([_cell(v) for v in row] for row in self.rows)]
@@ -63,11 +67,26 @@ class Table:
         return figure
 
     def write(self, out: pathlib.Path, made_from: dict[str, Any]) -> None:
-        """OUT.json, OUT.md and OUT.png, each whole or not at all."""
+        """OUT.json, OUT.md and OUT.png, and OUT_maps.png where there are maps; each whole or not at all."""
         rows = [dict(zip(self.columns, row, strict=True)) for row in self.rows]
         workdir.write_text(out.with_suffix(".md"), self.markdown())
         workdir.write_json(out.with_suffix(".json"), {**made_from, "title": self.title, "notes": list(self.notes), "rows": rows})
         figures.save(self.figure(), out.with_suffix(".png"))
+        if self.maps:
+            figures.save(self._images(), out.with_name(f"{out.name}_maps.png"))
+
+    def _images(self) -> Figure:
+        """The maps, each scaled to its own largest value, a few in a row."""
+        columns = min(len(self.maps), 4)
+        rows = math.ceil(len(self.maps) / columns)
+        figure = Figure(figsize=(2.2 * columns, 2.4 * rows), layout="constrained")
+        panels = figure.subplots(rows, columns, squeeze=False).reshape(-1)
+        for axes in panels:
+            axes.set_axis_off()
+        for axes, (title, image) in zip(panels, self.maps.items()):
+            axes.imshow(image, cmap="magma", interpolation="nearest")
+            axes.set_title(title, fontsize=8)
+        return figure
 
     def _column(self, name: str) -> list:
         return [row[self.columns.index(name)] for row in self.rows]

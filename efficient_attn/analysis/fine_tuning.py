@@ -29,7 +29,7 @@ def fine_tuning(run: Run) -> Table:
         raise AnalysisError("fine-tuning rescales rotary positions; the run's model has none, or has them rescaled")
     rows = []
     for name, change in SCALINGS.items():
-        config = with_rotation(run.plan.config["model"], lambda r, change=change: change(r, FACTOR, L))
+        config = with_rotation(run.plan.config["model"], lambda r, change=change: change(r, float(FACTOR), L))
         plan = _longer(run.plan, config)
         tuned = dataclasses.replace(run, variables={"params": _trained(plan, run)})
         for length in doublings(L, LONGEST * L):

@@ -14,20 +14,24 @@ from efficient_attn.arguments import ConfigError
 from efficient_attn.generation.beam import beam_search
 from efficient_attn.generation.decoding import Decoder
 from efficient_attn.generation.engine import Engine, Request, seeds
-from efficient_attn.generation.sampling import Sampling
+from efficient_attn.generation.sampling import GREEDY, Sampling
 from efficient_attn.plan import Plan
 from efficient_attn.tasks.base import Text
 
+MAX_TOKENS = 200
 STREAMED = 4
 """Tokens between two looks at what is there, for text that is shown as it comes."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What to generate: from each prompt, so many continuations of up to `max_tokens` tokens, or the best by beam search."""
+    """What to generate: from each prompt, so many continuations of up to `max_tokens` tokens, or the best by beam search.
+
+    max_tokens: None means `MAX_TOKENS`, or fewer where the longest prompt with them is more than the run was trained on.
+    """
 
     prompts: Sequence[str]
-    max_tokens: int
+    max_tokens: int | None
     num_samples: int
     num_beams: int
     sampling: Sampling
@@ -35,12 +39,14 @@ class Options:
 
     def __post_init__(self):
         for name in ("max_tokens", "num_samples", "num_beams"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"seed={self.seed} must be at least 0 and less than 2^32")
         if self.num_beams > 1 and self.num_samples > 1:
             raise ConfigError("num_beams finds the best continuation and num_samples draws several: leave one of them out")
+        if self.num_beams > 1 and self.sampling != GREEDY:
+            raise ConfigError("num_beams searches and draws nothing: leave temperature, top_k and top_p out")
         if not self.prompts or not all(self.prompts):
             raise ConfigError("prompt is empty; give at least one character to continue")
 
@@ -52,8 +58,11 @@ def run(folder: pathlib.Path, options: Options) -> None:
     if task.head != "lm" or not isinstance(task, Text):
         raise ConfigError(f"the run in {folder} is of task {plan.config['task']['name']!r}, which has no text to continue")
     prompts = [tuple(task.encode(prompt)) for prompt in options.prompts]
-    length = max(map(len, prompts)) + options.max_tokens
-    _check_length(plan, max(map(len, prompts)), options.max_tokens)
+    longest = max(map(len, prompts))
+    room = task.length - longest
+    new = options.max_tokens or (min(MAX_TOKENS, room) if room > 0 else MAX_TOKENS)
+    options, length = dataclasses.replace(options, max_tokens=new), longest + new
+    _check_length(plan, longest, new)
     checkpoints = evaluation.open_checkpoints(plan, folder)
     _, state = evaluation.restore_best(checkpoints, plan, folder)
     checkpoints.close()

@@ -136,4 +136,5 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "induction": induction,
     "recall": lambda: table("recall", "cpu"),
     "lra": lambda: table("lra", "cpu"),
+    "extrapolation": lambda: table("extrapolation", "cpu"),
 }

@@ -1,5 +1,6 @@
 """Analyses of language models, on models whose answer is known beforehand."""
 
+import dataclasses
 import json
 import sys
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from configs import lm_memory, lm_text
-from efficient_attn.analysis import ANALYSES, Run, Table
+from efficient_attn.analysis import ANALYSES, Run, Table, over_seeds
 from efficient_attn.analysis.attention import _classify, attention_weights
 from efficient_attn.analysis.base import AnalysisError
 from efficient_attn.mixers import Context
@@ -43,6 +44,7 @@ def make_run(tmp_path):
 
 
 extrapolation = sys.modules["efficient_attn.analysis.extrapolation"]  # the package exports functions of these names
+fine_tuning = sys.modules["efficient_attn.analysis.fine_tuning"]
 perturbation = sys.modules["efficient_attn.analysis.perturbation"]
 LOCAL = dict(name="local", window=4)
 
@@ -141,5 +143,32 @@ def test_a_table_is_written_as_json_markdown_and_plot(tmp_path):
     assert stored["step"] == 3 and stored["rows"][1] == {"length": 2, "method": "a", "nats": 1.5}
     assert "| 2 | a | 1.5 |" in (tmp_path / "analysis" / "name.md").read_text()
     assert (tmp_path / "analysis" / "name.png").stat().st_size > 1000
+    assert not (tmp_path / "analysis" / "name_maps.png").exists()
+    dataclasses.replace(table, maps={"0.0": np.eye(4)}).write(tmp_path / "maps", {})
+    assert (tmp_path / "maps_maps.png").stat().st_size > 1000
     lines = table.figure().axes[0].lines
     assert [list(line.get_ydata()) for line in lines] == [[2.0, 1.5], [3.0]]
+
+
+def test_seeds_are_told_apart_in_rows_and_drawn_as_a_mean_with_a_range():
+    one = Table("Title", ("length", "nats"), [(1, 2.0), (2, 1.0)], ("length", ("nats",)), notes=("a",))
+    both = over_seeds({3: one, 4: dataclasses.replace(one, rows=[(1, 3.0), (2, 1.0)])})
+    assert both.columns == ("seed", "length", "nats") and both.rows[2] == (4, 1, 3.0) and both.notes == ("a",)
+    axes = both.figure().axes[0]
+    assert list(axes.lines[0].get_ydata()) == [2.5, 1.0] and len(axes.collections) == 1
+    assert over_seeds({3: one}) is one and not one.figure().axes[0].collections
+
+
+def test_fine_tuning_lowers_the_loss_at_the_longer_context(make_run, monkeypatch):
+    """On text that repeats, so that a few steps teach something; what is not rotary is refused."""
+    monkeypatch.setattr(fine_tuning, "LONGEST", 4)
+    for module in (extrapolation, fine_tuning):
+        monkeypatch.setattr(module, "SCALINGS", {"YaRN": extrapolation.SCALINGS["YaRN"]})
+    run = make_run(dict(rotation=dict(name="rotary")))
+    run.plan.task.prepare()
+    before = {n: nats for p, n, nats in columns(extrapolation.extrapolation(run), "positions", "length", "nats") if p == "YaRN"}
+    rows = columns(fine_tuning.fine_tuning(run), "positions", "length", "tokens", "nats")
+    after = {length: nats for name, length, _, nats in rows if name == "YaRN"}
+    assert list(after) == [L, 2 * L, 4 * L] and after[4 * L] < before[4 * L] - 0.01
+    with pytest.raises(AnalysisError, match="rescales rotary positions"):
+        fine_tuning.fine_tuning(make_run(dict(rotation=dict(name="none"))))

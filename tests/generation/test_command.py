@@ -50,15 +50,16 @@ def text_of(capsys, folder, **changes) -> str:
     return capsys.readouterr().out
 
 
-def test_text_goes_on_from_the_prompt_as_the_seed_says(capsys, trained):
+def test_text_goes_on_from_the_prompt_as_the_seed_says(capsys, caplog, trained):
     text = text_of(capsys, trained)
     assert text.startswith("so") and 4 <= len(text) <= 2 + 6 + 1 and text.endswith("\n")
     assert text == text_of(capsys, trained)
+    assert len(text_of(capsys, trained, max_tokens=None)) <= 2 + 14 + 1 and "more than the" not in caplog.text
     several = text_of(capsys, trained, num_samples=2, prompts=["so", "Read"]).split("--- ")
     assert [part[:1] for part in several[1:]] == list("1234") and several[3][2:].startswith("Read")
     assert len({part[2:] for part in several[1:3]}) == 2
     beams = text_of(capsys, trained, num_beams=2, sampling=GREEDY)
-    assert beams.startswith("so") and beams == text_of(capsys, trained, num_beams=2, seed=9)
+    assert beams.startswith("so") and beams == text_of(capsys, trained, num_beams=2, sampling=GREEDY, seed=9)
 
 
 def test_what_cannot_be_continued_is_said_in_a_line(tmp_path, trained):
@@ -76,6 +77,7 @@ def test_what_cannot_be_continued_is_said_in_a_line(tmp_path, trained):
         (dict(max_tokens=0), "max_tokens=0 must be at least 1"),
         (dict(seed=-1), "seed=-1"),
         (dict(num_beams=2, num_samples=2), "leave one of them out"),
+        (dict(num_beams=2, sampling=Sampling(0.0, top_p=0.9)), "searches and draws nothing"),
         (dict(prompts=[""]), "prompt is empty"),
     ):
         with pytest.raises(ConfigError, match=words):
