@@ -52,6 +52,11 @@ def mosaic_load(ref, layout) -> jax.Array:
     return mosaic_gpu.load(ref, (), layout=layout, optimized=ref.dtype.itemsize > 1)
 
 
+def mosaic_transposed(ref) -> Any:
+    """A reference to the transpose of a matrix in shared memory; references themselves have it since JAX 0.11."""
+    return ref.transpose((1, 0)) if jax.__version_info__ >= (0, 11) else mosaic_gpu.transpose_ref(ref, (1, 0))
+
+
 def mosaic_interpreter() -> Any:
     """What makes `mosaic_gpu.kernel` run on a CPU; public since JAX 0.11."""
     if hasattr(mosaic_gpu, "InterpretGPUParams"):

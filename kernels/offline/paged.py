@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ SEQUENCES, LENGTH, HEADS, KV_HEADS, POOL = 8, 4096, 32, 8, 4096
 class Kernel:
     """One kernel: its type, head size, and tokens in a block."""
 
+    name: ClassVar[str] = "paged"
     dtype: str
     head_size: int
     block_size: int
@@ -49,7 +50,12 @@ def lower(kernel: Kernel, length: int = LENGTH, softcap: float | None = None) ->
 def report(kernel: Kernel, compiled: bool) -> dict[str, Any]:
     """One line of the table."""
     [call] = triton_calls(lower(kernel))
-    row = {"kernel": "paged", **dataclasses.asdict(kernel), "grid": "x".join(map(str, call.grid)), "ttir_bytes": len(call.ttir)}
+    row = {
+        "kernel": kernel.name,
+        **dataclasses.asdict(kernel),
+        "grid": "x".join(map(str, call.grid)),
+        "ttir_bytes": len(call.ttir),
+    }
     return row | (compile_triton(call) if compiled else {})
 
 

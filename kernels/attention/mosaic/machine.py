@@ -40,14 +40,14 @@ class Hopper:
         """a b^T in float32, of references to shared memory."""
 
         def multiply(total):
-            plgpu.wgmma(total, a, plgpu.transpose_ref(b, (1, 0)))
+            plgpu.wgmma(total, a, compat.mosaic_transposed(b))
             return total[...]
 
         return pl.run_scoped(multiply, plgpu.ACC((a.shape[0], b.shape[0]), jnp.float32))
 
     def add_transposed(self, total: jax.Array, a, b) -> jax.Array:
         """total + a b^T, of references to shared memory."""
-        return pl.run_state(lambda ref: plgpu.wgmma(ref, a, plgpu.transpose_ref(b, (1, 0))))(plgpu.ACC.init(total))
+        return pl.run_state(lambda ref: plgpu.wgmma(ref, a, compat.mosaic_transposed(b)))(plgpu.ACC.init(total))
 
     def add_product(self, total: jax.Array, a: jax.Array, b) -> jax.Array:
         """total + a b, for a in registers and b a reference to shared memory."""
