@@ -26,7 +26,7 @@ def main() -> None:
     if CHECK.value:
         print(plan.describe(plan.make_plan(CONFIG.value)))
         return
-    if DISTRIBUTED.value or COORDINATOR.value:
+    if DISTRIBUTED.value or any(flag.value is not None for flag in (COORDINATOR, NUM_PROCESSES, PROCESS_ID)):
         distributed.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
     folder = pathlib.Path(WORKDIR.value) if WORKDIR.value else cli.default_workdir(CONFIG.value)
     state, progress = training.train_and_evaluate(CONFIG.value, folder, profile_steps=PROFILE.value)

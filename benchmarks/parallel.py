@@ -2,7 +2,9 @@
 
     equality     a small model (attention, Mamba, mixture of experts) trained on one device and on meshes of eight, from the same
                  seed and batches: the largest difference of the losses (AdamW) and of the parameters (SGD)
-    processes    the same on two processes of four devices each, over gloo on this machine
+    gradients    of every parameter at the first step, on one device and on meshes of eight: the largest difference of an array
+                 over its largest entry, since SGD moves some parameters (step sizes of Mamba) by little more than rounding
+    processes    `equality` on two processes of four devices each, over gloo on this machine
     memory       temporary bytes of each device for causal attention and the selective scan, forward and backward, by shards
     collectives  what the partitioner makes of a language model of 125M parameters on eight devices: counted from the compiled
                  program, with the bytes that each device holds
@@ -11,6 +13,7 @@ Eight devices are forced on the CPU: figures are exact in bytes and counts, and 
 """
 
 import collections
+import dataclasses
 import functools
 import json
 import math
@@ -28,11 +31,12 @@ os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from absl import app, flags
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from efficient_attn import distributed, workdir
+from efficient_attn import distributed, optim, sharding, workdir
 from efficient_attn.config import experiment
 from efficient_attn.plan import example_batch, make_plan, mib_per_device, num_parameters
 from efficient_attn.steps import train_step
@@ -40,7 +44,7 @@ from efficient_attn.tasks.pipeline import train_batches
 from kernels.attention import attend, masks
 from kernels.scan import selective_scan
 
-SECTIONS = ("equality", "processes", "memory", "collectives")
+SECTIONS = ("equality", "gradients", "processes", "memory", "collectives")
 CHOSEN = flags.DEFINE_multi_enum("section", list(SECTIONS), SECTIONS, "What to measure; all by default.")
 CHOSEN_MESHES = flags.DEFINE_list("meshes", None, "Of `equality` and `processes`: which meshes; all by default.")
 STEPS = flags.DEFINE_integer("steps", 20, "Steps of training.", lower_bound=1)
@@ -65,7 +69,8 @@ RULES = (
     (r".*/mixer/out/kernel", ("model", None, "fsdp")),
     (r"layer_0/mlp/up/kernel", ("fsdp", "model")),
     (r"layer_0/mlp/down/kernel", ("model", "fsdp")),
-    (r"layer_1/mlp/(up|down)/kernel", ("expert", "fsdp", "model")),
+    (r"layer_1/mlp/up/kernel", ("expert", "fsdp", "model")),
+    (r"layer_1/mlp/down/kernel", ("expert", "model", "fsdp")),
     (r".*", "fsdp"),
 )
 
@@ -126,6 +131,46 @@ def equality(meshes: list[str], steps: int) -> dict:
         for name in meshes:
             found.setdefault(name, {})[algorithm] = difference(alone, on_mesh(algorithm, name, steps))
             print(name, algorithm, found[name][algorithm], flush=True)
+    return found
+
+
+def keep_gradients(plan):
+    """The plan with an optimiser that changes nothing and whose state is the gradients of the last step."""
+    tx = optax.GradientTransformation(
+        lambda params: jax.tree.map(jnp.zeros_like, params), lambda grads, _, params: (jax.tree.map(jnp.zeros_like, grads), grads)
+    )
+    plan = dataclasses.replace(plan, tx=tx)
+    plan = dataclasses.replace(plan, state=jax.eval_shape(plan.init_state))
+    layout = sharding.ShardingConfig(**plan.config["sharding"])
+    return dataclasses.replace(plan, specs=sharding.state_specs(layout, plan.mesh, plan.state, tx))
+
+
+def first_gradients(plan, placement) -> dict[str, np.ndarray]:
+    """By path, at the first batch; on the first device where there is no placement."""
+    step = functools.partial(train_step, plan.model, plan.tx)
+    batch = next(batches := train_batches(plan.task.source("train"), batch_size=plan.train.batch_size, seed=0))
+    batches.close()
+    if placement is None:
+        state, _ = jax.jit(step)(jax.jit(plan.init_state)(), batch)
+    else:
+        with jax.set_mesh(placement.mesh):
+            state = jax.jit(plan.init_state, out_shardings=placement.state)()
+            state, _ = jax.jit(step, out_shardings=(placement.state, placement.whole))(state, placement.put(batch))
+    return dict(zip(jax.tree.leaves(optim.paths(state.opt_state)), map(np.asarray, jax.tree.leaves(state.opt_state))))
+
+
+def gradients(meshes: list[str]) -> dict:
+    alone = first_gradients(keep_gradients(small_plan("sgd", {})), None)
+    zero = 1e-7 * max(np.max(np.abs(x)) for x in alone.values())  # below it a gradient is rounding: that of a bias of keys
+    found = {}
+    for name in meshes:
+        plan = keep_gradients(small_plan("sgd", MESHES[name]))
+        spread = first_gradients(plan, plan.placement())
+        largest = {path: np.max(np.abs(x)) for path, x in alone.items() if np.max(np.abs(x)) > zero}
+        errors = {path: float(np.max(np.abs(spread[path] - alone[path])) / size) for path, size in largest.items()}
+        worst = max(errors, key=errors.get)
+        found[name] = {"arrays": len(errors), "largest": errors[worst], "of": worst}
+        print(name, "gradients", found[name], flush=True)
     return found
 
 
@@ -275,6 +320,7 @@ def main(_):
         return
     sections = {
         "equality": lambda: equality(meshes, STEPS.value),
+        "gradients": lambda: gradients(meshes),
         "processes": lambda: processes(meshes, STEPS.value),
         "memory": lambda: memory(TOKENS.value),
         "collectives": lambda: collectives(WIDTH.value, DEPTH.value),

@@ -2,6 +2,8 @@
 
 import contextlib
 import itertools
+import re
+import sys
 from collections.abc import Callable, Iterator
 
 import jax
@@ -13,6 +15,9 @@ from efficient_attn.arguments import ConfigError
 
 HEARTBEAT_SECONDS = 30
 """A process that is not heard of for so long is lost; JAX then ends the others."""
+
+WAIT_SECONDS = 300
+"""How long a process waits for the others to start."""
 
 _PATIENCE_MS = 14 * 24 * 3600 * 1000
 """How long the others wait for what process 0 does alone. One that is lost meanwhile ends the wait."""
@@ -31,20 +36,42 @@ class PeerLost(PeerError):
 def initialize(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
     """Join the other processes. To be called before anything asks JAX for its devices.
 
-    What is None comes from the environment that Slurm, Open MPI or Kubernetes set (`jax.distributed.initialize`).
+    What is None comes from the environment that Slurm, Open MPI or Kubernetes set (`jax.distributed.initialize`); under Slurm and
+    Open MPI each process then has one GPU. Waits `WAIT_SECONDS` for the others; after that JAX ends the process.
 
-    Raises `ConfigError` where the environment does not say, or the others are not there within five minutes.
+    Raises `ConfigError` where the arguments are wrong, or None and the environment does not say.
     """
+    _check_address(coordinator, num_processes, process_id)
+    where = f"process {process_id} of {num_processes}, coordinator {coordinator}" if coordinator else "by the environment"
+    print(f"waiting at most {WAIT_SECONDS} seconds for the other processes ({where})", file=sys.stderr, flush=True)
     try:
         jax.distributed.initialize(
-            coordinator, num_processes, process_id, heartbeat_timeout_seconds=HEARTBEAT_SECONDS
-        )  # fmt: skip
+            coordinator,
+            num_processes,
+            process_id,
+            initialization_timeout=WAIT_SECONDS,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=HEARTBEAT_SECONDS,
+        )
     except (ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split()).rstrip(".")
         raise ConfigError(
             f"the processes of this run cannot find each other: {reason}. Start them by srun, mpirun or a Kubernetes job, or "
             "give --coordinator=HOST:PORT --num_processes=N --process_id=I"
         ) from error
+
+
+def _check_address(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
+    """Raise `ConfigError` unless all three are given and fit, or none is."""
+    given = (coordinator, num_processes, process_id)
+    if given == (None, None, None):
+        return
+    if None in given:
+        raise ConfigError("--coordinator=HOST:PORT, --num_processes=N and --process_id=I go together; give all three or none")
+    if not re.fullmatch(r".+:[0-9]+", coordinator):
+        raise ConfigError(f"--coordinator={coordinator} must be HOST:PORT, a free port on the machine of process 0")
+    if not 0 <= process_id < num_processes:
+        raise ConfigError(f"--process_id={process_id} must be 0 to {num_processes - 1}, as --num_processes={num_processes}")
 
 
 def is_first() -> bool:

@@ -38,7 +38,7 @@ def open_run(folder: pathlib.Path) -> tuple[dict[str, Any], Plan]:
     if not (folder / "run.json").exists():
         raise workdir.WorkdirError(f"{folder} holds no run (no run.json); give the --workdir of a train.py run")
     run = workdir.read_json(folder / "run.json")
-    return run, make_plan({**run["config"], "sharding": sharding.for_devices_here(run["config"].get("sharding", {}))})
+    return run, make_plan({**run["config"], "sharding": sharding.for_devices_here(run["config"])})
 
 
 def open_checkpoints(plan: Plan, folder: pathlib.Path) -> Checkpoints:

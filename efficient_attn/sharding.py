@@ -19,6 +19,7 @@ import numpy as np
 import optax
 from absl import logging
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Int
 
 from efficient_attn.arguments import ConfigError
 from efficient_attn.mixers.context import MEMORY
@@ -70,20 +71,37 @@ def mesh_shape(config: ShardingConfig, devices: int) -> dict[str, int]:
         if devices % fixed:
             raise ConfigError(
                 f"sharding: {_product(shape)} does not divide the {devices} device(s) here, of which "
-                f"sharding.{open_axes[0]}=-1 takes the rest"
+                f"sharding.{open_axes[0]}=-1 takes the rest; for a mesh of other devices give that a number, too"
             )
         shape[open_axes[0]] = devices // fixed
     return shape
 
 
-def for_devices_here(section: Mapping[str, Any]) -> dict[str, Any]:
-    """The `config.sharding` of a run where the devices here can make its mesh; else one of all of them along fsdp."""
-    sizes = [section.get(axis, getattr(ShardingConfig, axis)) for axis in AXES]
-    fixed = math.prod(size for size in sizes if size != -1)
-    if fixed == jax.device_count() or (-1 in sizes and jax.device_count() % fixed == 0):
+def for_devices_here(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The `config.sharding` of a run (its configuration, in normal form) where the devices here can make its mesh.
+
+    Else one of all of them along fsdp, or, where they do not divide the batches, along model: then each has all rows.
+    Replicas lie along data alone.
+    """
+    section, train = config.get("sharding", {}), config["train"]
+    sizes = train["batch_size"] // train.get("accumulate", 1), train.get("eval_batch_size") or train["batch_size"]
+    others = [{"data": -1}] if train.get("replicas", 1) > 1 else [{"data": 1, "fsdp": -1}, {"data": 1, "model": -1}]
+    if _fits(section, sizes):
         return dict(section)
-    logging.warning("the run's mesh is for other devices than the %d here, which now lie along fsdp", jax.device_count())
-    return {"data": 1, "fsdp": -1}
+    placed = next((other for other in others if _fits(other, sizes)), others[-1])
+    logging.warning(
+        "the run's mesh is for other devices than the %d here, which now lie along %s", jax.device_count(), [*placed][-1]
+    )
+    return placed
+
+
+def _fits(section: Mapping[str, Any], batch_sizes: Iterable[int]) -> bool:
+    """Whether the devices here make such a mesh, and those that share rows divide the batches."""
+    try:
+        shape = mesh_shape(ShardingConfig(**{axis: section[axis] for axis in AXES if axis in section}), jax.device_count())
+    except ConfigError:
+        return False
+    return math.prod(shape.values()) == jax.device_count() and not any(size % row_shards(shape) for size in batch_sizes)
 
 
 def make_mesh(shape: MeshShape) -> Mesh:
@@ -270,7 +288,8 @@ class Placement:
         self.mesh, self.length = make_mesh(shape), length
         self.state = jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), specs)
         self.whole = NamedSharding(self.mesh, PartitionSpec())
-        self.group, self.groups = _row_group(self.mesh, jax.process_index())
+        owners = np.array([device.process_index for device in self.mesh.devices.flat])
+        self.group, self.groups = _row_group(owners.reshape(row_shards(shape), -1), jax.process_index())
 
     def abstract(self, state: PyTree) -> PyTree:
         """The shapes of a train state with their shardings."""
@@ -298,15 +317,14 @@ class Placement:
         return NamedSharding(self.mesh, batch_spec(shape, self.length))
 
 
-def _row_group(mesh: Mesh, process: int) -> tuple[int, int]:
+def _row_group(owners: Int[np.ndarray, "rows _"], process: int) -> tuple[int, int]:
     """(i, n): the devices of a process hold the i-th of n contiguous, equal parts of a batch's rows.
 
-    Processes that share rows (a sequence or a layer spans them) have the same i; where the rows of a process are no such part,
-    it reads all of them.
+    owners: the process of each device; those in one row of this array share rows of the batch. Processes that share rows (a
+    sequence or a layer spans them) have the same i; where the rows of a process are no such part, it reads all of them.
     """
-    devices = mesh.devices.reshape(row_shards(dict(mesh.shape)), -1)
-    own = np.flatnonzero([any(device.process_index == process for device in row) for row in devices])
-    first, count, total = int(own[0]), len(own), len(devices)
+    own = np.flatnonzero((owners == process).any(axis=1))
+    first, count, total = int(own[0]), len(own), len(owners)
     if own[-1] - first + 1 != count or total % count or first % count:
         return 0, 1
     return first // count, total // count

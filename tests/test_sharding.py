@@ -117,9 +117,35 @@ def test_a_batch_arrives_as_it_is():
     assert all(np.array_equal(placed[name], batch[name]) for name in batch)
 
 
-def test_a_run_is_scored_on_whatever_devices_there_are():
-    assert sharding.for_devices_here({"fsdp": 8, "data": 1, "rules": [[".*", "fsdp"]]}) == {"data": 1, "fsdp": -1}
-    assert sharding.for_devices_here({"fsdp": 1, "data": -1}) == {"fsdp": 1, "data": -1}
+@pytest.mark.parametrize(
+    ("devices", "section", "train", "expected"),
+    [
+        (1, {"fsdp": 1, "data": -1}, {}, {"fsdp": 1, "data": -1}),
+        (4, {"fsdp": 2, "data": -1}, {}, {"fsdp": 2, "data": -1}),
+        (1, {"fsdp": 8, "data": 1, "rules": [[".*", "fsdp"]]}, {}, {"data": 1, "fsdp": -1}),
+        (3, {"data": -1}, {}, {"data": 1, "model": -1}),
+        (8, {"data": -1}, {"eval_batch_size": 12}, {"data": 1, "model": -1}),
+        (4, {"data": -1}, {"accumulate": 4}, {"data": -1}),
+        (8, {"data": -1}, {"accumulate": 4}, {"data": 1, "model": -1}),
+        (4, {"data": 2}, {"replicas": 3}, {"data": -1}),
+    ],
+)
+def test_a_run_is_scored_on_whatever_devices_there_are(monkeypatch, devices, section, train, expected):
+    monkeypatch.setattr(jax, "device_count", lambda: devices)
+    assert sharding.for_devices_here({"train": {"batch_size": 16, **train}, "sharding": section}) == expected
+
+
+@pytest.mark.parametrize(
+    ("owners", "expected"),
+    [
+        ([[0], [0], [1], [1]], [(0, 2), (1, 2)]),
+        ([[0, 0, 1, 1]], [(0, 1), (0, 1)]),
+        ([[0, 1], [2, 3]], [(0, 2), (0, 2), (1, 2), (1, 2)]),
+        ([[0], [1], [0], [1]], [(0, 1), (0, 1)]),  # no contiguous part: each reads all
+    ],
+)
+def test_processes_whose_devices_share_rows_read_the_same_ones(owners, expected):
+    assert [sharding._row_group(np.array(owners), i) for i in range(len(expected))] == expected
 
 
 def test_a_resumed_run_may_lie_on_another_mesh():

@@ -38,8 +38,8 @@ def measure(config: Mapping[str, Any]) -> Cost:
     """The cost of a configuration in normal form, of one seed on the devices here. Compiles its training step, which takes
     seconds to minutes; runs nothing.
     """
-    placed = sharding.for_devices_here(config.get("sharding", {}))
-    plan = make_plan({**config, "sharding": placed, "train": {**config["train"], "replicas": 1}})
+    alone = {**config, "train": {**config["train"], "replicas": 1}}
+    plan = make_plan({**alone, "sharding": sharding.for_devices_here(alone)})
     step = functools.partial(train_step, plan.model, plan.tx, **plan.step_options)
     batch = example_batch(plan.task, plan.train.batch_size)
     counted = flops.of(step, plan.state, batch)

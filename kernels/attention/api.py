@@ -114,7 +114,7 @@ def explain(
     """Which implementation `attend` would run for these arguments (arrays or `jax.ShapeDtypeStruct`s), and why."""
     arrays = (q, k, v, bias, segment_ids, q_positions, kv_positions, dropout)
     call = jax.eval_shape(lambda *arrays: _call(*arrays, mask=mask, softcap=softcap, scale=scale), *arrays)
-    return _choose(call, return_lse, implementation)
+    return ring.told(_choose(call, return_lse, implementation), call)
 
 
 def _choose(call: Call, return_lse: bool, implementation: str | None) -> Choice:

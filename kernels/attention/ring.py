@@ -26,6 +26,10 @@ from kernels.attention import sharded
 from kernels.attention.call import Call, Spans, Spec, statistics_dtype
 from kernels.attention.masks import SKIP, Mask, of_heads
 from kernels.attention.merge import Part, merge
+from kernels.dispatch import Choice
+
+TILES = 256
+"""Into so many parts a stretch is cut, at most, to estimate the work of its device."""
 
 UNEVEN = 1.25
 """Tokens are dealt out where the busiest device would have so many times the mean work."""
@@ -54,12 +58,24 @@ def attend(local: Local, call: Call) -> Part:
     return sharded.attend(ring.attend, call, sequence=True)
 
 
+def told(choice: Choice, call: Call) -> Choice:
+    """`choice`, which where it is the ring also says which tokens each device has."""
+    n, L = mesh.shards(mesh.SEQ), call.q.shape[1]
+    if choice.name != "ring" or not _is_plain(call):
+        return choice
+    striped, steps = layout(call.mask, L, n)
+    tokens = f"every {n}th token" if striped else f"{L // n} neighbouring tokens"
+    return dataclasses.replace(choice, reason=f"{choice.reason}; each device has {tokens}, and there are {steps} steps")
+
+
+@functools.lru_cache(maxsize=256)
 def layout(mask: Mask, L: int, n: int) -> tuple[bool, int]:
     """(whether tokens are dealt out, how many steps of the ring there are) for L tokens on n devices."""
     stretch = L // n
-    lo = (np.arange(n)[:, None] * stretch + np.arange(0, stretch, 64)).ravel()
+    size = max(64, -(-stretch // TILES))
+    lo = (np.arange(n)[:, None] * stretch + np.arange(0, stretch, size)).ravel()
     device = lo // stretch  # no tile is on two
-    hi = np.minimum(lo + 64, (device + 1) * stretch) - 1
+    hi = np.minimum(lo + size, (device + 1) * stretch) - 1
     wanted = sum(np.asarray(m.tile(lo[:, None], hi[:, None], lo[None], hi[None])) != SKIP for m in of_heads(mask)) > 0
     work = np.zeros((n, n), int)
     np.add.at(work, (device[:, None], device[None]), wanted)
@@ -68,6 +84,11 @@ def layout(mask: Mask, L: int, n: int) -> tuple[bool, int]:
         return True, n
     shifts = (np.arange(n)[:, None] - np.arange(n)[None]) % n
     return False, 1 + int(shifts[work > 0].max(initial=0))
+
+
+def _is_plain(call: Call) -> bool:
+    """Whether the tokens stand where they are in the sequence."""
+    return call.q_positions is None and call.kv_positions is None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,8 +107,7 @@ class _Ring:
     @classmethod
     def of(cls, local: Local, call: Call) -> "_Ring":
         n, L = mesh.shards(mesh.SEQ), call.q.shape[1]
-        is_plain = call.q_positions is None and call.kv_positions is None
-        striped, steps = layout(call.mask, L, n) if is_plain else (False, n)
+        striped, steps = layout(call.mask, L, n) if _is_plain(call) else (False, n)
         leaves, structure = jax.tree.flatten(call.bias)
         axes = [] if call.bias is None else call.bias.axes()
         axes = tuple(tuple(a if size > 1 else None for a, size in zip(at, leaf.shape)) for at, leaf in zip(axes, leaves))
