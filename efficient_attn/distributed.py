@@ -1,6 +1,7 @@
 """Several processes that train one run: how they find each other, and what one of them does for all."""
 
 import contextlib
+import hashlib
 import itertools
 import re
 import sys
@@ -99,6 +100,16 @@ def agreed(find: Callable[[], int]) -> int:
     """What `find` gives on process 0, which alone calls it."""
     number = find() if is_first() else 0
     return int(number) if jax.process_count() == 1 else int(_from_first(np.int32(number)))
+
+
+def check_alike(what: str, value: str) -> None:
+    """Raise `ConfigError` in every process unless all of them have this value."""
+    if jax.process_count() == 1:
+        return
+    digests = multihost_utils.process_allgather(np.frombuffer(hashlib.sha256(value.encode()).digest(), np.uint8))
+    others = [i for i, digest in enumerate(digests) if not np.array_equal(digest, digests[0])]
+    if others:
+        raise ConfigError(f"{what} of process {', '.join(map(str, others))} is not that of process 0; give all the same flags")
 
 
 @contextlib.contextmanager

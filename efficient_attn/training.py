@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import json
 import math
 import pathlib
 import statistics
@@ -95,6 +96,7 @@ def train_and_evaluate(config: Config, folder: pathlib.Path, *, profile_steps: i
         stop = stack.enter_context(preemption.watch())
         plan = make_plan(config)
         placement = plan.placement()
+        distributed.check_alike("the configuration", json.dumps(plan.config, sort_keys=True))
 
         def claim_folder():
             stack.enter_context(workdir.lock(folder))
