@@ -135,7 +135,7 @@ def told():
             refusal = ""
         except ValueError as refused:
             refusal = str(refused)
-        return {"divided": str(explain(q, q, q)), "odd": str(explain(odd, odd, odd)), "by name": refusal}
+        return {"divided": str(explain(q, q, q, mask=masks.Causal())), "odd": str(explain(odd, odd, odd)), "by name": refusal}
 
 
 def layouts():
