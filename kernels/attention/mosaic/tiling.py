@@ -73,14 +73,21 @@ def plan(call: Call, interpret: bool, blocks: dict[str, Blocks] | None = None) -
     sizes = blocks or {name: entries[head_size] for name, entries in table(devices.here()).items()}
 
     def tiling(name: str) -> Tiling:
-        size = sizes[name]
-        if name == "dkv" and head_size > 64 and size.consumers == 2 and call.softcap is not None:
-            size = size._replace(split=True)  # the derivative of scores takes the registers of one sum
+        size = _relieved(name, sizes[name], head_size, call)
         own, visited = size.own * size.owners, size.visited
         q_tile, kv_tile = (visited, own) if name == "dkv" else (own, visited)
         return Tiling(q_tile, kv_tile, L, S, size, interpret)
 
     return Plan(tiling("forward"), tiling("dkv"), tiling("dq"))
+
+
+def _relieved(name: str, size: Blocks, head_size: int, call: Call) -> Blocks:
+    """The blocks for a call whose scores hold more registers through the products than those of the table do."""
+    if name == "dkv" and head_size > 64 and size.consumers == 2 and call.softcap is not None:
+        return size._replace(split=True)  # their derivative takes those of one sum
+    if name == "dq" and call.bias is not None:
+        return size._replace(visited=min(size.visited, 64))  # as do the distances, for the slopes' gradient
+    return size
 
 
 def is_stored(mask: masks.Mask) -> bool:
