@@ -138,7 +138,7 @@ def _dumped():
 
 
 def report(kernel: Kernel, compiled: bool) -> dict[str, Any]:
-    """One line of the table."""
+    """One line of the table, with the blocks that it has there; scores that hold more registers are cut finer (`tiling.plan`)."""
     row = {"kernel": kernel.name, "dtype": kernel.dtype, "head_size": kernel.head_size, "mask": kernel.mask}
     row |= kernel.blocks._asdict()
     if compiled:

@@ -15,6 +15,7 @@ from kernels import compat, devices
 from kernels.attention import Dropout, api, biases, explain, masks, mosaic, numerics, reference
 from kernels.attention.mosaic import tiling
 from kernels.attention.numerics import Case
+from kernels.offline import expected
 from kernels.offline import mosaic as offline
 
 ALONE, BOTH = mosaic.Blocks(64, 64, 1, 2), mosaic.Blocks(64, 64, 2, 2)
@@ -142,3 +143,11 @@ def test_problems_name_what_a_compiled_kernel_must_not_do():
     for row, words in zip(bad, ("spills 16 bytes", "no wgmma", "262144 bytes of shared memory")):
         [problem] = offline.problems([row])
         assert problem.startswith("mosaic dkv at head size 128, bfloat16, causal") and words in problem
+
+
+def test_the_model_counts_allowed_pairs_and_the_programs_that_a_processor_holds():
+    assert expected.allowed_pairs(masks.Causal(), 256) == 256 * 257 // 2
+    assert expected.allowed_pairs(masks.Causal() & masks.Window(100), 256) == 100 * 101 // 2 + 156 * 100
+    figures = {"consumers": 2, "registers": 168, "shared_bytes": 227 * 1024}
+    assert expected.programs(figures, expected.Card()) == 1
+    assert expected.programs(figures | {"consumers": 1, "registers": 80, "shared_bytes": 70_000}, expected.Card()) == 3
