@@ -7,7 +7,8 @@ rate large matrix products reach, those of the exponentials, of other arithmetic
 and arrays from memory, and how full the last wave of programs leaves the processors, of which each holds as many programs as
 the registers and shared memory of the compiled kernel allow (`python -m kernels.offline --op=mosaic --compile` wrote them).
 `best` overlaps all of them, as ping-pong scheduling tries to; `worst` overlaps products with no arithmetic on scores. Launches,
-barriers, the pipeline's start and clocks that sink under load are left out. Operations are those of allowed pairs. Where a
+barriers, the pipeline's start, the bytes of stored tiles and clocks that sink under load are left out. Operations are those of
+allowed pairs, so that a sparse pattern whose blocks fill tiles badly loses its rate. Where a
 target is a ratio to dense causal attention of our own, the same ratio of the model stands beside it.
 """
 
