@@ -1,5 +1,6 @@
 """The HTML page of a summary: one file, no network, no scripts; everything it shows is escaped."""
 
+import base64
 import functools
 import json
 import pathlib
@@ -18,8 +19,11 @@ from efficient_attn.reporting.summary import Figure, Section, Summary
 
 TEMPLATES = pathlib.Path(__file__).parent / "templates"
 
+MAPS = "analysis/attention_maps.png"
+"""In a run's folder."""
+
 Panel = tuple[str, Markup]
-"""Title, and an SVG."""
+"""Title, and a figure: an SVG, or an image in the page itself."""
 
 
 def environment() -> jinja2.Environment:
@@ -147,6 +151,21 @@ class SectionView:
         cost = self.cost(figure)
         area = float(cost["step_bytes"]) if cost else 0.0
         return Bubble(self.styles[figure.row], figure.row, sum(rates) / len(rates), figure.mean, area)
+
+    @property
+    def maps(self) -> list[Panel]:
+        """Images of attention, of the first finished run behind each figure that `eval.py --analysis=attention` has looked at."""
+        found: dict[pathlib.Path, Panel] = {}
+        for figure in self.section:
+            finished = [run.folder for _, run in figure.chosen.members if run.state == State.FINISHED] if figure.chosen else []
+            image = next((path for folder in finished if (path := folder / MAPS).exists()), None)
+            if image is not None and image not in found:
+                title, data = f"{figure.row}, {figure.column}", base64.b64encode(image.read_bytes()).decode()
+                found[image] = (
+                    title,
+                    Markup('<img src="data:image/png;base64,{}" alt="{}">').format(data, f"attention of {title}"),
+                )
+        return list(found.values())
 
     @property
     def timed(self) -> dict[str, Mapping[str, Any]]:

@@ -1,5 +1,6 @@
 """The page: what it holds and escapes, and what a browser makes of it. The browser tests need chromium on the PATH."""
 
+import base64
 import csv
 import html
 import html.parser
@@ -10,10 +11,11 @@ import shutil
 import subprocess
 
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from efficient_attn import workdir
-from efficient_attn.reporting import compare, costs, plots, tables
+from efficient_attn.reporting import compare, costs, figures, plots, tables
 from tests.reporting.fake_runs import write_run, write_table
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -106,6 +108,18 @@ def test_a_page_is_the_same_whenever_it_is_made(report, tmp_path):
     tables.write(report / "table.py", tmp_path, root=report / "runs")
     for name in ("table.html", "table.json", "table.md"):
         assert (tmp_path / name).read_text() == (report / "out" / name).read_text()
+
+
+def test_attention_that_was_looked_at_is_shown(tmp_path):
+    table = write_table(tmp_path)
+    folders = [write_run(cell, tmp_path / "runs") for cell in table.cells["cpu"][:3]]
+    tables.write(table.path, tmp_path / "out", root=tmp_path / "runs")
+    assert "<img" not in (tmp_path / "out/table.html").read_text()
+    figures.save(Figure(figsize=(1, 1)), folders[1] / "analysis/attention_maps.png")
+    tables.write(table.path, tmp_path / "out", root=tmp_path / "runs")
+    page = (tmp_path / "out/table.html").read_text()
+    data = base64.b64encode((folders[1] / "analysis/attention_maps.png").read_bytes()).decode()
+    assert page.count("<img") == 1 and f'<img src="data:image/png;base64,{data}" alt="attention of softmax, L=64 d=32">' in page
 
 
 def test_long_curves_are_thinned_to_their_ends():
