@@ -5,4 +5,4 @@ cd "$(dirname "$0")/.."
 source scripts/environment.sh
 ruff check .
 ruff format --check .
-python -m pytest -n 2 "$@"
+python -m pytest -n 2 --dist=worksteal "$@"

@@ -1,11 +1,21 @@
-"""Shared set-up: run-time shape checking, strict rank promotion, and where the oracle arrays lie."""
+"""Shared set-up: cheap compilation, run-time shape checking, strict rank promotion, and where the oracle arrays lie."""
 
 import os
 import pathlib
+from importlib.metadata import version
 
 import jax
 import pytest
 from jaxtyping import install_import_hook
+
+# XLA's MLIR code generator, and its split of a program into 32 modules, make the small programs of tests four times as slow to
+# compile; the switch of the former is gone from JAX 0.11 on. Programs that tests start inherit both, and do not optimise either.
+QUICK_CODE = ["--xla_cpu_parallel_codegen_split_count=1"]
+if version("jaxlib").startswith("0.10."):
+    QUICK_CODE.append("--xla_cpu_use_fusion_emitters=false")
+os.environ["XLA_FLAGS"] = " ".join(dict.fromkeys([*QUICK_CODE, *os.environ.get("XLA_FLAGS", "").split()]))
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+jax.config.update("jax_disable_most_optimizations", False)  # in this process the fixture `quick_compile` decides
 
 install_import_hook(["kernels", "efficient_attn"], "beartype.beartype")
 

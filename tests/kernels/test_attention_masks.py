@@ -28,6 +28,8 @@ from kernels.attention.masks import (
     Window,
 )
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 SCATTERED = tuple(range(0, 40, 2))  # more runs than are told by comparisons
 TABLE = ((0, 2), (), (1, 3, 4), (3,))
 

@@ -12,6 +12,8 @@ from kernels.attention import biases, explain, masks
 from kernels.attention.api import IMPLEMENTATIONS
 from tests.kernels.attention_cases import TESTED_APART
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 TOLERANCE = 1e-4  # the oracle folder's own, for another float32 implementation
 NAMES = sorted(set(IMPLEMENTATIONS) - TESTED_APART)
 attend = jax.jit(attention.attend, static_argnames=("mask", "return_lse", "implementation"))

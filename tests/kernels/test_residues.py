@@ -10,6 +10,8 @@ from kernels.attention.biases import ALiBi
 from kernels.attention.call import Call
 from kernels.attention.masks import Band, BlockLocal, Causal, Mask, PerHead, Strided, Window
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 MASKS = {
     "merged": Causal() & (Band(9, 0) | Strided(9)),
     "two-sided": Band(9, 9) | Strided(7),

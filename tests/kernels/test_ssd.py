@@ -10,6 +10,8 @@ import pytest
 from kernels.scan import explain_ssd, ssd
 from kernels.scan.ssd import IMPLEMENTATIONS
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 TOLERANCE = 1e-4  # the oracle folder's own, for another float32 implementation
 IN_TIME = ("x", "dt", "B", "C")
 OPTIONAL = ("A", "D", "dt_bias", "h0")

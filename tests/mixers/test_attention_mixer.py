@@ -12,6 +12,8 @@ from efficient_attn.mixers import Attention, Context
 from efficient_attn.positions import BIASES, Places, Sizes
 from kernels.attention import attend, biases, masks
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 TOLERANCE = 1e-4  # the oracle folder's own, for another float32 implementation
 
 

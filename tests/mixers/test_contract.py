@@ -1,5 +1,7 @@
 """What every entry of MIXERS must do: shapes, padding, causality, documents, decoding, its own claims."""
 
+import functools
+import itertools
 import re
 
 import jax
@@ -11,6 +13,8 @@ from efficient_attn.arguments import ConfigError
 from efficient_attn.mixers import MIXERS, Attention, Context, Entry, build, state_size
 from efficient_attn.mixers.context import Paging
 from kernels.attention import masks
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
 
 B, L, E = 2, 19, 8
 ARGUMENTS = {
@@ -60,14 +64,6 @@ BIDIRECTIONAL = [name for name, entry in MIXERS.items() if entry.bidirectional]
 DECODES = [name for name, entry in MIXERS.items() if entry.decode]
 
 
-@pytest.fixture(autouse=True)
-def quick_compile(request):
-    """Compile without most of XLA's optimisations, but for the tests that train."""
-    jax.config.update("jax_disable_most_optimizations", request.node.get_closest_marker("slow") is None)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def mixer_dict(name: str, causal: bool) -> dict:
     return dict(name=name, causal=causal, **ARGUMENTS.get(name, {}))
 
@@ -87,36 +83,44 @@ def check_seen(name: str, seen: np.ndarray, expected: np.ndarray) -> None:
         np.testing.assert_array_equal(seen, np.broadcast_to(expected, seen.shape))
 
 
-def make(name: str, causal: bool, seed: int = 0):
-    """The module, its parameters (moved off symmetric initial values) and an input."""
+@functools.cache
+def make(name: str, causal: bool):
+    """The module, its jitted `apply`, parameters (moved off symmetric initial values) and an input, for all tests to share."""
     module = build(mixer_dict(name, causal))
-    x = jax.random.normal(jax.random.key(seed), (B, L, E))
-    variables = jax.jit(module.init)(jax.random.key(seed + 1), x, Context())
-    keys = iter(jax.random.split(jax.random.key(seed + 2), 1000))
+    x = jax.random.normal(jax.random.key(0), (B, L, E))
+    variables = jax.jit(module.init)(jax.random.key(1), x, Context())
+    keys = iter(jax.random.split(jax.random.key(2), 1000))
     variables = jax.tree.map(lambda p: p + 0.05 * jax.random.normal(next(keys), p.shape), variables)
-    return module, variables, x
+    return module, jax.jit(module.apply), variables, x
+
+
+LENGTHS = [1, 65, *(pytest.param(length, marks=pytest.mark.exhaustive) for length in (2, 63))]
 
 
 @pytest.mark.parametrize("name", MIXERS)
-@pytest.mark.parametrize("length", [1, 2, 63, 65])
+@pytest.mark.parametrize("length", LENGTHS)
 def test_any_length_and_finite_gradients(name, length):
     module = build(mixer_dict(name, causal=MIXERS[name].causal))
     x = jax.random.normal(jax.random.key(0), (B, length, E))
-    variables = jax.jit(module.init)(jax.random.key(1), x, Context())
 
-    def loss(variables, x):
-        return jnp.sum(module.apply(variables, x, Context()) ** 2)
+    @jax.jit
+    def run(key, x):
+        def loss(variables, x):
+            y = module.apply(variables, x, Context())
+            return jnp.sum(y**2), y
 
-    y = jax.jit(module.apply)(variables, x, Context())
+        return jax.grad(loss, argnums=(0, 1), has_aux=True)(module.init(key, x, Context()), x)
+
+    gradients, y = run(jax.random.key(1), x)
     assert y.shape == x.shape and y.dtype == x.dtype
-    gradients = jax.tree.leaves(jax.jit(jax.grad(loss, argnums=(0, 1)))(variables, x))
+    gradients = jax.tree.leaves(gradients)
     assert all(np.all(np.isfinite(g)) for g in gradients)
     assert any(np.any(g != 0) for g in gradients)
 
 
 @pytest.mark.parametrize("name", CAUSAL)
 def test_causal_form_has_no_gradient_from_the_future(name):
-    module, variables, x = make(name, causal=True)
+    module, _, variables, x = make(name, causal=True)
     t = 11
     gradient = jax.jit(jax.grad(lambda x: jnp.sum(module.apply(variables, x, Context())[:, t])))(x)
     if MIXERS[name].by_fft:
@@ -128,7 +132,7 @@ def test_causal_form_has_no_gradient_from_the_future(name):
 
 @pytest.mark.parametrize("name", [n for n in BIDIRECTIONAL if n != "identity"])
 def test_bidirectional_form_sees_both_sides(name):
-    module, variables, x = make(name, causal=False)
+    module, _, variables, x = make(name, causal=False)
     gradient = jax.jit(jax.grad(lambda x: jnp.sum(module.apply(variables, x, Context())[:, 9])))(x)
     expected = visible(module, 9)
     assert expected[:9].any() and expected[10:].any()
@@ -138,16 +142,16 @@ def test_bidirectional_form_sees_both_sides(name):
 @pytest.mark.parametrize("name", MIXERS)
 def test_padding_never_leaks(name):
     for causal in {MIXERS[name].causal, not MIXERS[name].bidirectional}:
-        module, variables, x = make(name, causal)
+        _, apply, variables, x = make(name, causal)
         mask = jnp.arange(L)[None, :] < jnp.array([[L], [12]])
         other = x.at[1, 12:].set(100.0)
-        y, z = (jax.jit(module.apply)(variables, v, Context(mask=mask)) for v in (x, other))
+        y, z = (apply(variables, v, Context(mask=mask)) for v in (x, other))
         np.testing.assert_array_equal(y[0], z[0])
         np.testing.assert_allclose(y[1, :12], z[1, :12], rtol=0, atol=1e-6)
         if MIXERS[name].length_dependent:
             continue
-        short = jax.jit(module.apply)(variables, x[1:, :12], Context())
-        np.testing.assert_allclose(y[1, :12], short[0], rtol=0, atol=1e-5)
+        short = apply(variables, x[:, :12], Context())
+        np.testing.assert_allclose(y[1, :12], short[1], rtol=0, atol=1e-5)
 
 
 FORMS = [(name, causal) for causal, names in ((True, CAUSAL), (False, BIDIRECTIONAL)) for name in names]
@@ -155,29 +159,29 @@ FORMS = [(name, causal) for causal, names in ((True, CAUSAL), (False, BIDIRECTIO
 
 @pytest.mark.parametrize(("name", "causal"), FORMS)
 def test_packed_documents_are_independent(name, causal):
-    module, variables, x = make(name, causal)
+    _, apply, variables, x = make(name, causal)
     segment_ids = jnp.array([[0] * 7 + [1] * 12] * B)
     positions = jnp.array([[*range(7), *range(12)]] * B)
     entry = MIXERS[name]
     if refusal := entry.refuses_documents or (not causal and entry.bidirectional_refuses_documents):
         with pytest.raises(ValueError, match=re.escape(refusal)):
-            jax.jit(module.apply)(variables, x, Context(segment_ids=segment_ids))
+            apply(variables, x, Context(segment_ids=segment_ids))
         return
-    packed = jax.jit(module.apply)(variables, x, Context(segment_ids=segment_ids, positions=positions))
+    packed = apply(variables, x, Context(segment_ids=segment_ids, positions=positions))
     if MIXERS[name].length_dependent:
-        other = jax.jit(module.apply)(variables, x.at[:, :7].set(100.0), Context(segment_ids=segment_ids, positions=positions))
+        other = apply(variables, x.at[:, :7].set(100.0), Context(segment_ids=segment_ids, positions=positions))
         np.testing.assert_allclose(packed[:, 7:], other[:, 7:], rtol=0, atol=1e-6)
         return
     for part in (slice(0, 7), slice(7, L)):
-        alone = jax.jit(module.apply)(variables, x[:, part], Context())
+        alone = apply(variables, x[:, part], Context())
         np.testing.assert_allclose(packed[:, part], alone, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", DECODES)
 def test_decoding_equals_the_parallel_form(name):
     """Token by token and in chunks, from any prefix, together with a row that stands elsewhere; also in blocks, where it can."""
-    module, variables, x = make(name, causal=True)
-    parallel = jax.jit(module.apply)(variables, x, Context())
+    module, apply, variables, x = make(name, causal=True)
+    parallel = apply(variables, x, Context())
     tables = jnp.asarray(np.random.default_rng(0).permutation(np.arange(1, 11)).reshape(B, 5), jnp.int32)
     for paging in (None, Paging(tables, num_blocks=11, block_size=4)):
         shapes = jax.eval_shape(module.init, jax.random.key(0), x, Context(decode=True, paging=paging))
@@ -224,9 +228,9 @@ def test_state_size_is_the_decode_cache():
 
 @pytest.mark.parametrize("name", MIXERS)
 def test_bfloat16_follows_float32(name):
-    module, variables, x = make(name, causal=MIXERS[name].causal)
+    _, apply, variables, x = make(name, causal=MIXERS[name].causal)
     low = build(mixer_dict(name, MIXERS[name].causal), dtype=jnp.bfloat16)
-    y, z = jax.jit(module.apply)(variables, x, Context()), jax.jit(low.apply)(variables, x.astype(jnp.bfloat16), Context())
+    y, z = apply(variables, x, Context()), jax.jit(low.apply)(variables, x.astype(jnp.bfloat16), Context())
     assert z.dtype == jnp.bfloat16
     is_far = np.any(np.abs(z.astype(jnp.float32) - y) > 0.05 * float(jnp.max(jnp.abs(y))), axis=-1)
     assert np.all(np.isfinite(z.astype(jnp.float32))) and np.mean(is_far) <= (0.2 if MIXERS[name].content_based else 0.0)
@@ -243,30 +247,35 @@ def test_errors_name_what_is_wrong():
         build(dict(name="softmax", causal=False)).init(jax.random.key(0), jnp.zeros((1, 4, 8)), Context(decode=True))
 
 
+@functools.cache
+def recall_of_two_pairs(steps: int):
+    """The task, `steps` batches to train on, and all examples of its test split as one."""
+    from efficient_attn.tasks.pipeline import train_batches
+    from efficient_attn.tasks.synthetic import MultiQueryRecall
+
+    task = MultiQueryRecall(length=12, vocab_size=16, num_pairs=2, num_eval=256, num_examples=20_000)
+    batches = train_batches(task.source("train"), batch_size=64, seed=0)
+    train = list(itertools.islice(batches, steps))
+    batches.close()
+    return task, train, task.source("test").batch(np.arange(256))
+
+
 def recall_accuracy(mixer: dict, steps: int = 500) -> float:
     """Test accuracy of two layers, width 32, after a short training on recall of 2 pairs among 16 tokens."""
     import optax
 
     from efficient_attn import models
     from efficient_attn.steps import eval_step, init_state, train_step
-    from efficient_attn.tasks.pipeline import eval_batches, train_batches
-    from efficient_attn.tasks.synthetic import MultiQueryRecall
 
-    task = MultiQueryRecall(length=12, vocab_size=16, num_pairs=2, num_eval=256, num_examples=20_000)
+    task, batches, test = recall_of_two_pairs(steps)
     model = models.build(dict(depth=2, width=32, positions=dict(name="learned"), mixer=mixer), task)
     tx = optax.adam(1e-2)
-    batches = train_batches(task.source("train"), batch_size=64, seed=0)
-    batch = next(batches)
-    state = jax.jit(lambda b: init_state(model, tx, 0, b, ema=False))(batch)
+    state = jax.jit(lambda b: init_state(model, tx, 0, b, ema=False))(batches[0])
     step = jax.jit(lambda s, b: train_step(model, tx, s, b))
-    for _ in range(steps):
-        state, _ = step(state, next(batches))
-    batches.close()
-    correct, count = 0.0, 0.0
-    for batch in eval_batches(task.source("test"), batch_size=256):
-        c, n = jax.jit(lambda v, b: eval_step(model, v, b)[0])(state.evaluated(), batch)["accuracy"]
-        correct, count = correct + float(c), count + float(n)
-    return correct / count
+    for batch in batches:
+        state, _ = step(state, batch)
+    correct, count = jax.jit(lambda v, b: eval_step(model, v, b)[0])(state.evaluated(), test)["accuracy"]
+    return float(correct / count)
 
 
 @pytest.mark.slow

@@ -8,6 +8,8 @@ import pytest
 from efficient_attn.arguments import ConfigError
 from efficient_attn.mixers import Context, build
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 
 def by_matrices(x: np.ndarray) -> np.ndarray:
     """Re(W_L x W_E) with W_N[n, k] = exp(-2 pi i n k / N)."""

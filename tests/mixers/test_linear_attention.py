@@ -10,6 +10,8 @@ import pytest
 from efficient_attn.mixers import Context, state_size
 from efficient_attn.mixers.linear_attention import LinearAttention, linear_attention
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 # performer-pytorch adds 1e-6 to its causal sums of keys, hence two tolerances: the oracle folder states both
 TOLERANCE = {False: 1e-4, True: 2e-3}
 

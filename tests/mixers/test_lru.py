@@ -8,6 +8,8 @@ import pytest
 from efficient_attn.mixers import Context
 from efficient_attn.mixers.lru import LRU, ring
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 
 def by_hand(p, x, causal):
     """Both directions of x_k = Lambda x_{k-1} + gamma B u_k in float64, y = Re(C x) + D u."""

@@ -13,6 +13,8 @@ from efficient_attn.mixers.causal_conv import causal_conv
 from efficient_attn.mixers.mamba import Mamba
 from kernels.scan.selective import PREFERENCE
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 TOLERANCE = 1e-4  # the oracle folder's own, for another float32 implementation
 
 

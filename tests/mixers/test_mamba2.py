@@ -10,6 +10,8 @@ from efficient_attn.mixers.mamba2 import Mamba2
 from kernels.scan.ssd import IMPLEMENTATIONS
 from tests.mixers.test_mamba import TOLERANCE, load
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 
 @pytest.mark.parametrize("case", ["mamba2_ssd_mixer", "mamba2_ssd_mixer_groups_ragged"])
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)

@@ -13,6 +13,8 @@ from efficient_attn.mixers.ssm.activations import ACTIVATIONS
 from efficient_attn.mixers.ssm.discretise import zoh
 from efficient_attn.mixers.ssm.hippo import block_diagonal_legs_n, diagonalised_legs_n, legs
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 
 def test_hippo_legs_closed_form():
     expected = [[-1, 0, 0], [-np.sqrt(3), -2, 0], [-np.sqrt(5), -np.sqrt(15), -3]]

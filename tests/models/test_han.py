@@ -15,6 +15,8 @@ from efficient_attn.plan import make_plan
 from efficient_attn.steps import train_step
 from efficient_attn.tasks.text import Text
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 B, L, SENTENCE = 3, 11, 4
 
 

@@ -16,6 +16,8 @@ from efficient_attn import models
 from efficient_attn.mixers import Context
 from efficient_attn.plan import make_plan, num_parameters
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 ROOT = pathlib.Path(__file__).parents[2]
 TOLERANCE = 1e-4  # the oracle folder's own, for another float32 implementation
 

@@ -18,6 +18,8 @@ from efficient_attn.plan import make_plan
 from efficient_attn.steps import init_state, train_step
 from efficient_attn.tasks.synthetic import MultiQueryRecall
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 TOLERANCE = 1e-4  # the oracle folder's own, for another float32 implementation
 B, L, E, WIDTH = 2, 13, 6, 10
 FORMS = {

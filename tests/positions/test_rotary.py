@@ -11,6 +11,8 @@ import pytest
 from efficient_attn.positions import Places, rotary, scaling, truncation
 from kernels.attention import attend, masks
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 TOLERANCE = 1e-4  # the oracle folder's own, for another float32 implementation
 
 

@@ -13,6 +13,8 @@ from efficient_attn.positions.sampling import NoSampling, Randomised, Shifted
 from efficient_attn.tasks.listops import ListOps
 from efficient_attn.tasks.synthetic import MultiQueryRecall
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 PACKED = jnp.array([[0, 1, 2, 3, 0, 1, 2], [0, 1, 2, 3, 4, 5, 6]] * 50)
 
 

@@ -229,7 +229,8 @@ ORIGINAL = {
 
 
 @pytest.mark.parametrize(
-    ("side", "count"), [(32, 60), (256, 20), *(pytest.param(*case, marks=pytest.mark.slow) for case in [(64, 20), (128, 20)])]
+    ("side", "count"),
+    [(32, 60), (256, 20), *(pytest.param(*case, marks=pytest.mark.exhaustive) for case in [(64, 20), (128, 20)])],
 )
 def test_images_have_the_statistics_of_the_original_generator(side, count):
     mean, deviation, zeros, spread = ORIGINAL[side]
@@ -252,14 +253,15 @@ def held_out_accuracy(features, labels):
     return ((features[half:] @ weights > 0) == labels[half:]).mean()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("side", "contour_length"), [(32, 14), (256, 14)])
-def test_intensities_say_nothing_of_the_class(side, contour_length):
-    made = [snakes.generate_image(side, contour_length, rng) for rng in np.random.default_rng(5).spawn(1200)]
+@pytest.mark.parametrize(
+    ("side", "count"), [(32, 600), *(pytest.param(side, 1200, marks=pytest.mark.exhaustive) for side in SPECS)]
+)
+def test_intensities_say_nothing_of_the_class(side, count):
+    made = [snakes.generate_image(side, 14, rng) for rng in np.random.default_rng(5).spawn(count)]
     labels = np.array([label for _, label in made])
     features = np.array([[image.mean(), image.std(), (image == 0).mean(), (image > 127).mean()] for image, _ in made])
-    assert abs(labels.mean() - 0.5) < 3 * 0.5 / math.sqrt(1200)
-    assert held_out_accuracy(features, labels) < 0.5 + 3 * 0.5 / math.sqrt(600)
+    assert abs(labels.mean() - 0.5) < 3 * 0.5 / math.sqrt(count)
+    assert held_out_accuracy(features, labels) < 0.5 + 3 * 0.5 / math.sqrt(count / 2)
     assert held_out_accuracy(features + 3 * labels[:, None] * features.std(0), labels) > 0.9, "the regression should find a cue"
 
 

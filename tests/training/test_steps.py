@@ -13,6 +13,8 @@ from efficient_attn.steps import cross_entropy, eval_step, init_state, train_ste
 from efficient_attn.tasks.listops import ListOps
 from efficient_attn.tasks.synthetic import MultiQueryRecall
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 SHORT = dict(max_depth=5, max_args=5, min_length=20, max_length=40, max_tokens=40, num_examples=100)
 
 
@@ -31,6 +33,14 @@ def batch_of(rows=8, length=40, seed=0):
         "targets": jnp.asarray(rng.integers(0, 10, rows), jnp.int32),
         "weights": jnp.asarray(rng.uniform(0.5, 2, rows), jnp.float32),
     }
+
+
+def start(model, tx, batch, seed=0, ema=False):
+    return jax.jit(lambda batch: init_state(model, tx, seed, batch, ema=ema))(batch)
+
+
+def step(model, tx, state, batch, **options):
+    return jax.jit(functools.partial(train_step, model, tx, **options))(state, batch)
 
 
 def test_cross_entropy_by_hand():
@@ -52,8 +62,8 @@ def test_rows_of_weight_zero_change_nothing():
     model, tx = classifier(), optax.sgd(0.1)
     batch = batch_of()
     padded = {k: jnp.concatenate([v, jnp.zeros_like(v[:3])]) for k, v in batch.items()}
-    state = init_state(model, tx, 0, batch, ema=False)
-    (a, sums_a), (b, sums_b) = (train_step(model, tx, state, x) for x in (batch, padded))
+    state = start(model, tx, batch)
+    (a, sums_a), (b, sums_b) = (step(model, tx, state, x) for x in (batch, padded))
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), (a.params, sums_a), (b.params, sums_b))
 
 
@@ -61,9 +71,9 @@ def test_rows_of_weight_zero_change_nothing():
 def test_micro_batches_give_the_same_step(accumulate):
     model, tx = classifier(), optax.sgd(0.1)
     batch = batch_of()
-    state = init_state(model, tx, 0, batch, ema=False)
-    whole, sums = train_step(model, tx, state, batch)
-    parts, part_sums = train_step(model, tx, state, batch, accumulate=accumulate)
+    state = start(model, tx, batch)
+    whole, sums = step(model, tx, state, batch)
+    parts, part_sums = step(model, tx, state, batch, accumulate=accumulate)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), whole.params, parts.params)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), sums, part_sums)
 
@@ -71,21 +81,22 @@ def test_micro_batches_give_the_same_step(accumulate):
 def test_randomness_is_a_function_of_seed_and_step():
     model, tx = classifier(dropout=0.5), optax.sgd(0.1)
     batch = batch_of()
-    state = init_state(model, tx, 0, batch, ema=False)
-    step = jax.jit(functools.partial(train_step, model, tx))
-    (first, a), (_, again), (_, second) = step(state, batch), step(state, batch), step(step(state, batch)[0], batch)
+    state = start(model, tx, batch)
+    compiled = jax.jit(functools.partial(train_step, model, tx))
+    (first, a), (_, again) = compiled(state, batch), compiled(state, batch)
+    _, second = compiled(first, batch)
     assert a["loss"][0] == again["loss"][0]
     assert a["loss"][0] != second["loss"][0]
     assert int(first.step) == 1
-    other = init_state(model, tx, 1, batch, ema=False)
+    other = start(model, tx, batch, seed=1)
     assert not np.array_equal(other.rng, state.rng)
 
 
 def test_average_of_parameters_is_what_evaluation_uses():
     model, tx = classifier(), optax.sgd(0.5)
     batch = batch_of()
-    state = init_state(model, tx, 0, batch, ema=True)
-    new, _ = train_step(model, tx, state, batch, ema=0.75)
+    state = start(model, tx, batch, ema=True)
+    new, _ = step(model, tx, state, batch, ema=0.75)
     expected = jax.tree.map(lambda old, new: 0.75 * old + 0.25 * new, state.params, new.params)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), new.ema, expected)
     assert new.evaluated()["params"] is new.ema
@@ -94,9 +105,9 @@ def test_average_of_parameters_is_what_evaluation_uses():
 def test_batch_statistics_are_carried_and_used():
     model, tx = classifier(norm="batch"), optax.sgd(0.1)
     batch = batch_of()
-    state = init_state(model, tx, 0, batch, ema=False)
+    state = start(model, tx, batch)
     assert set(state.variables) == {"batch_stats"}
-    new, _ = train_step(model, tx, state, batch)
+    new, _ = step(model, tx, state, batch)
     changed = jax.tree.map(lambda a, b: bool(np.any(a != b)), state.variables, new.variables)
     assert all(jax.tree.leaves(changed))
     a = eval_step(model, new.evaluated(), batch)[0]["loss"][0]
@@ -117,8 +128,8 @@ def test_sown_losses_are_added():
     tx = optax.sgd(1.0)
     batch = batch_of()
     for accumulate in (1, 4):
-        state = init_state(Sows(), tx, 0, batch, ema=False)
-        new, sums = train_step(Sows(), tx, state, batch, accumulate=accumulate)
+        state = start(Sows(), tx, batch)
+        new, sums = step(Sows(), tx, state, batch, accumulate=accumulate)
         np.testing.assert_allclose(new.params["w"], 1 - 5.0, rtol=1e-6)
         np.testing.assert_allclose(sums["aux_loss"][0] / sums["aux_loss"][1], 15.0)
 
@@ -128,11 +139,11 @@ def test_one_step_learns_language_modelling_too():
     model = models.build(dict(depth=1, width=16, mixer=dict(name="softmax", causal=True)), task)
     tx = optax.adam(1e-2)
     batch = {k: jnp.asarray(v) for k, v in task.source("train").batch(np.arange(16)).items()}
-    state = init_state(model, tx, 0, batch, ema=False)
-    step = jax.jit(functools.partial(train_step, model, tx))
+    state = start(model, tx, batch)
+    compiled = jax.jit(functools.partial(train_step, model, tx))
     losses = []
     for _ in range(30):
-        state, sums = step(state, batch)
+        state, sums = compiled(state, batch)
         losses.append(float(sums["loss"][0] / sums["loss"][1]))
     assert losses[-1] < 0.5 * losses[0]
     assert sums["loss"][1] == 32  # only the queries count
