@@ -8,8 +8,8 @@ import jax
 import pytest
 from jaxtyping import install_import_hook
 
-# XLA's MLIR code generator, and its split of a program into 32 modules, make the small programs of tests four times as slow to
-# compile; the switch of the former is gone from JAX 0.11 on. Programs that tests start inherit both, and do not optimise either.
+# XLA's MLIR code generator, and its split of a program into 32 modules, make the small programs of tests three times as slow
+# to compile; the switch of the former is gone from JAX 0.11 on. Programs that tests start inherit both, and optimise little too.
 QUICK_CODE = ["--xla_cpu_parallel_codegen_split_count=1"]
 if version("jaxlib").startswith("0.10."):
     QUICK_CODE.append("--xla_cpu_use_fusion_emitters=false")
@@ -34,7 +34,7 @@ def oracle_dir() -> pathlib.Path:
 
 @pytest.fixture
 def quick_compile():
-    """Compile without most of XLA's optimisations, for tests of identities; those of rounding, memory and training do without."""
+    """Compile without most of LLVM's optimisations, for all tests but those of rounding and those that compute for long."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)

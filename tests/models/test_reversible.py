@@ -18,6 +18,8 @@ from efficient_attn.models.trunk import Trunk
 from efficient_attn.tasks.listops import ListOps
 from efficient_attn.tasks.synthetic import MultiQueryRecall
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 TASK = ListOps(max_depth=5, max_args=5, min_length=20, max_length=40, max_tokens=24 + 16, num_examples=100)
 LM = MultiQueryRecall(length=24, vocab_size=32, num_pairs=3)
 REFORMER = dict(name="reformer", num_heads=2, chunk_size=8, num_buckets=4, rounds=2)
@@ -63,7 +65,7 @@ class Stack(Trunk):
         return self.blocks(x, ctx)
 
 
-def test_gradients_are_those_of_ordinary_autodiff(monkeypatch, quick_compile):
+def test_gradients_are_those_of_ordinary_autodiff(monkeypatch):
     """With padding, hashes that are drawn, and dropout of every kind."""
     mask = jnp.arange(30)[None, :] < jnp.array([[30], [21]])
     sizes = dict(vocab_size=None, num_outputs=1, length=30, depth=2, width=8, feed_forward_width=16, feed_forward_chunk=8)
