@@ -249,15 +249,15 @@ def test_errors_name_what_is_wrong():
 
 @functools.cache
 def recall_of_two_pairs(steps: int):
-    """The task, `steps` batches to train on, and all examples of its test split as one."""
+    """The task, a batch to start from, `steps` batches to train on, and all examples of its test split as one."""
     from efficient_attn.tasks.pipeline import train_batches
     from efficient_attn.tasks.synthetic import MultiQueryRecall
 
     task = MultiQueryRecall(length=12, vocab_size=16, num_pairs=2, num_eval=256, num_examples=20_000)
     batches = train_batches(task.source("train"), batch_size=64, seed=0)
-    train = list(itertools.islice(batches, steps))
+    first, *train = itertools.islice(batches, steps + 1)
     batches.close()
-    return task, train, task.source("test").batch(np.arange(256))
+    return task, first, train, task.source("test").batch(np.arange(256))
 
 
 def recall_accuracy(mixer: dict, steps: int = 500) -> float:
@@ -267,10 +267,10 @@ def recall_accuracy(mixer: dict, steps: int = 500) -> float:
     from efficient_attn import models
     from efficient_attn.steps import eval_step, init_state, train_step
 
-    task, batches, test = recall_of_two_pairs(steps)
+    task, first, batches, test = recall_of_two_pairs(steps)
     model = models.build(dict(depth=2, width=32, positions=dict(name="learned"), mixer=mixer), task)
     tx = optax.adam(1e-2)
-    state = jax.jit(lambda b: init_state(model, tx, 0, b, ema=False))(batches[0])
+    state = jax.jit(lambda b: init_state(model, tx, 0, b, ema=False))(first)
     step = jax.jit(lambda s, b: train_step(model, tx, s, b))
     for batch in batches:
         state, _ = step(state, batch)
