@@ -14,10 +14,12 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float, Int
 
 from efficient_attn.generation.sampling import Sampling, sample
 from efficient_attn.mixers.context import Context, Paging
+from kernels.attention import paged
 
 MAX_CHUNK = 256
 """Tokens of a prompt that go into the cache at a time, at most."""
@@ -57,11 +59,15 @@ class Decoder:
 
     model: a `LanguageModel`, or anything called like it with `(tokens [B, L], ctx)`. variables: without cache.
     paging: (blocks of a pool, tokens in a block) for keys and values of softmax attention in blocks; None for contiguous ones.
+    gather_once: `decode` copies the rows' blocks side by side, and back when it ends, instead of reading them by the tables at
+        each token: faster where that reading is a copy anyway, in as much more memory, while it runs, as the tables span.
     Steps are compiled once for each size of chunk, number of rows that take part, and width of tables: all powers of two.
     """
 
-    def __init__(self, model: nn.Module, variables: Any, paging: tuple[int, int] | None = None):
-        self.model, self.variables, self.paging = model, variables, paging
+    def __init__(
+        self, model: nn.Module, variables: Any, paging: tuple[int, int] | None = None, *, gather_once: bool = True
+    ):  # fmt: skip
+        self.model, self.variables, self.paging, self.gather_once = model, variables, paging, gather_once
         self.init_shapes = functools.cache(self._init_shapes)
         self._prefill = jax.jit(self._prefill_step, donate_argnums=1)
         self._decode = jax.jit(self._decode_loop, donate_argnums=1, static_argnames=("sampling", "stop"))
@@ -151,6 +157,11 @@ class Decoder:
         rows = jax.tree.map(jnp.asarray, rows)
         keys = jax.vmap(jax.random.key)(rows.seed)
         out = jnp.full((rows.token.shape[0], MAX_STEPS), NO_TOKEN, jnp.int32)
+        if tables is not None and self.gather_once:
+            pools, spread = state.blocks, jnp.pad(tables, ((0, 0), (0, 1)))  # block 0 last: what rows that ended write past it
+            state, tables = State(_side_by_side(state, spread), {}), None
+        else:
+            pools = spread = None
 
         def goes_on(carry):
             step, _, rows, _ = carry
@@ -167,7 +178,31 @@ class Decoder:
             return step + 1, state, rows.replace(token=token, count=count, active=active), out.at[:, step].set(new)
 
         _, state, rows, out = jax.lax.while_loop(goes_on, body, (jnp.int32(0), state, rows, out))
-        return state, rows, out
+        return state if spread is None else _in_blocks(state.cache, pools, spread), rows, out
+
+
+CONTIGUOUS = {"key_blocks": "cached_key", "value_blocks": "cached_value"}
+"""Names of the pools of a layer -> those of what its rows keep without paging (`mixers.kv_cache`)."""
+
+
+def _side_by_side(state: State, tables: Int[Array, "B N"]) -> Any:
+    """The cache of the same rows without paging: each row's blocks in order, zeros beyond its length."""
+    cache = flatten_dict(state.cache)
+    found = {
+        (*layer, CONTIGUOUS[name]): jnp.moveaxis(paged.gather(pool, tables, cache[*layer, "cache_index"]), 0, 1)
+        for (*layer, name), pool in flatten_dict(state.blocks).items()
+    }
+    return unflatten_dict(cache | found)
+
+
+def _in_blocks(cache: Any, pools: Any, tables: Int[Array, "B N"]) -> State:
+    """What `_side_by_side` made, back in the pools. Blocks that rows share are equal in all of them; block 0 is nobody's."""
+    cache, new = flatten_dict(cache), {}
+    for (*layer, name), pool in flatten_dict(pools).items():
+        rows = jnp.moveaxis(cache.pop((*layer, CONTIGUOUS[name])), 0, 1)
+        blocks = rows.reshape(rows.shape[0], *tables.shape, *pool.shape[2:])
+        new[*layer, name] = pool.at[:, tables].set(blocks)
+    return State(unflatten_dict(cache), unflatten_dict(new))
 
 
 def _take(cache, rows):

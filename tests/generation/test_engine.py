@@ -1,12 +1,14 @@
 """Rows shared by many requests: each gets exactly the tokens it gets alone, from any cache, in memory that is foreseen."""
 
 import jax
+import numpy as np
 import pytest
 
 from efficient_attn.arguments import ConfigError
-from efficient_attn.generation.decoding import Decoder
+from efficient_attn.generation import caches
+from efficient_attn.generation.decoding import Decoder, Rows
 from efficient_attn.generation.engine import Engine, Request, generate, seeds
-from efficient_attn.generation.sampling import Sampling
+from efficient_attn.generation.sampling import GREEDY, Sampling
 from efficient_attn.mixers import state_size
 from tests.generation.lm import HYBRID, LENGTH, SOFTMAX, WIDTH, greedy, language_model, run
 
@@ -39,6 +41,28 @@ def test_requests_together_are_as_each_without_cache(decoder):
     assert engine.counts.tokens == sum(request.max_tokens for request in REQUESTS)
     assert bool(engine.counts.preempted) == (decoder.paging is not None)
     assert engine.counts.steps < 2 * max(request.max_tokens for request in REQUESTS) + engine.counts.preempted * 12
+
+
+def test_blocks_read_at_each_token_give_the_same():
+    decoder = Decoder(*language_model("hybrid"), PAGING, gather_once=False)
+    assert run(Engine(decoder, rows=3, length=24, steps=5), REQUESTS) == [greedy("hybrid", request) for request in REQUESTS]
+
+
+def test_a_row_that_has_ended_spoils_none_of_its_blocks():
+    """Its table's last block is full when it ends, and another row goes on: what the blocks hold may be shared later."""
+    held = []
+    for gather_once in (True, False):
+        decoder = Decoder(*language_model("softmax"), PAGING, gather_once=gather_once)
+        cache = caches.new(decoder, 2, LENGTH)
+        cache.admit([0, 1], [(3, 1) * 6 + (4,), (5,)])
+        for row in (0, 1):
+            cache.reserve(row, 16)
+        rows = Rows(*(np.array(x) for x in ((2, 6), (0, 0), (3, 9), (0, 0), (True, True))))
+        state, after, _ = decoder.decode(cache.state, rows, cache.tables(), 9, sampling=GREEDY)
+        assert after.count.tolist() == [3, 9]
+        held.append([pool[:, cache.tables([0])[0]] for pool in jax.tree.leaves(state.blocks)])
+    for once, each in zip(*held, strict=True):
+        np.testing.assert_allclose(once, each, atol=1e-5)
 
 
 def test_draws_go_by_the_request_alone(decoder):
