@@ -1,5 +1,6 @@
 """Beam search: a beam as wide as the tree finds the best sequence; a narrow one is greedy; blocks change nothing."""
 
+import functools
 import itertools
 
 import jax
@@ -23,6 +24,7 @@ def compile_quickly():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
+@functools.cache
 def log_probabilities(new: int) -> dict[tuple[int, ...], float]:
     """Of every continuation by `new` tokens, without a cache."""
     model, variables = language_model("hybrid")
