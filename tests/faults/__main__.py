@@ -15,9 +15,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=0, help="how many random kills")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--steps", type=int, default=60, help="of the run that is killed")
     parser.add_argument("--out", type=pathlib.Path, help="write what happened to this JSON file")
     parser.add_argument("--table", type=pathlib.Path, help="do every other fault once, and write the table to this Markdown file")
-    parser.add_argument("--only", nargs="+", help="these faults of the table")
+    parser.add_argument("--only", nargs="+", help="these faults; the table's other rows stay")
     args = parser.parse_args()
     folder = pathlib.Path(tempfile.mkdtemp(prefix="faults-")).resolve()
     prepare(folder)
@@ -27,7 +28,7 @@ def main() -> None:
 
     (folder / "runs").mkdir()
     if args.kills:
-        summary = kills.report(folder / "runs", args.kills, args.seed)
+        summary = kills.report(folder / "runs", args.kills, args.seed, args.steps)
         left = sorted(path.name for path in (folder / "tmp").iterdir())
         assert not left, f"temporary files are left: {left}"
         if args.out:
@@ -37,11 +38,12 @@ def main() -> None:
         (folder / "table").mkdir()
         folder.chmod(0o755)  # for the fault that is an ordinary user's
         rows = []
+        old = args.table.read_text() if args.only and args.table else ""
         for row in table.rows_of(folder / "table", args.only or list(faults.FAULTS)):
             rows.append(row)
             if args.table:
                 args.table.parent.mkdir(parents=True, exist_ok=True)
-                args.table.write_text(table.markdown(rows))
+                args.table.write_text(table.markdown(rows, old))
     shutil.rmtree(folder)
 
 

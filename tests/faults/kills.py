@@ -44,8 +44,8 @@ class Tally:
 class Campaign:
     """`folder` gets the uninterrupted run, the runs in progress and their output; it is empty to begin with."""
 
-    def __init__(self, folder: pathlib.Path, seed: int, say: Callable[[str], None] = print):
-        self.folder, self.random, self.say = folder, random.Random(seed), say
+    def __init__(self, folder: pathlib.Path, seed: int, steps: int, say: Callable[[str], None] = print):
+        self.folder, self.random, self.steps, self.say = folder, random.Random(seed), steps, say
         self.tally = Tally()
         self.data = folder / "data"
         self.reference = folder / "uninterrupted"
@@ -92,7 +92,8 @@ class Campaign:
         """Start or continue the run in `workdir`, and kill it; whether it reached its end."""
         newest = max(runs.committed(workdir), default=None)
         self.tally.attempts += 1
-        program = programs.start(runs.train(workdir, data), self.folder / "attempt")
+        flags = runs.train(workdir, data, f"--config.train.duration={self.steps} steps")
+        program = programs.start(flags, self.folder / "attempt")
         try:
             status = program.wait() if kill is None else self.kill(program, workdir, data, *kill)
             self.check(program, workdir, data, newest, status, killed=kill is not None)
@@ -116,7 +117,7 @@ class Campaign:
         step = max((row["step"] for row in runs.rows(workdir)), default=0)
         status = program.wait()
         if status == 0:
-            assert not met or step > runs.STEPS - LATE, f"{number.name} {moment} was sent at step {step} and ignored"
+            assert not met or step > self.steps - LATE, f"{number.name} {moment} was sent at step {step} and ignored"
             self.tally.ended_before_the_signal += 1
             return status
         assert status in ENDINGS[number], f"{number.name} {moment} ended the run with {status}: {program.err[-2000:]}"
@@ -194,14 +195,14 @@ class Campaign:
             self.say(f"{kills} kills, {self.tally.attempts} attempts, {self.tally.finished_runs} runs finished and identical")
 
 
-def report(folder: pathlib.Path, kills: int, seed: int) -> dict[str, Any]:
+def report(folder: pathlib.Path, kills: int, seed: int, steps: int) -> dict[str, Any]:
     """Run a campaign in `folder`; what happened, as JSON. An AssertionError says what was lost, and leaves the folder."""
     started = time.monotonic()
-    campaign = Campaign(folder, seed)
+    campaign = Campaign(folder, seed, steps)
     tally = campaign.run(kills)
     info = read_json(campaign.reference / "run.json")
     summary = {
-        "command": f"python -m tests.faults --kills={kills} --seed={seed}",
+        "command": f"python -m tests.faults --kills={kills} --seed={seed} --steps={steps}",
         "kills": sum(tally.kills.values()),
         "attempts": tally.attempts,
         "ended_before_the_signal": tally.ended_before_the_signal,

@@ -51,7 +51,7 @@ class Program:
         pid, status = os.waitpid(self.pid, os.WNOHANG)
         return os.waitstatus_to_exitcode(status) if pid else None
 
-    def wait(self, seconds: float = 300) -> int:
+    def wait(self, seconds: float = 1200) -> int:
         """Its exit status; kills it and raises TimeoutError after `seconds`, because a hang is a fault too."""
         deadline = time.monotonic() + seconds
         while (status := self.ended()) is None:

@@ -11,14 +11,13 @@ import numpy as np
 from efficient_attn.tasks.listops import FEATURES
 from tests.faults import programs
 
-STEPS = 60
 NOT_SEALED = {"seal.json", "_CHECKPOINT_METADATA", "commit_success.txt"}  # the last two are written around the commit; never read
 TIMES = ("steps_per_second", "tokens_per_second", "input_wait")
 FLAGS = (
     "--config=configs/lra_listops.py:s5_short", "--config.task.num_examples=1000", "--config.task.min_length=10",
     "--config.task.max_length=32", "--config.task.max_tokens=32", "--config.model.depth=1", "--config.model.width=16",
     "--config.model.mixer.state_dim=16", "--config.model.mixer.blocks=1", "--config.model.dropout=0.1",
-    "--config.train.batch_size=8", f"--config.train.duration={STEPS} steps", "--config.train.eval_every=10 steps",
+    "--config.train.batch_size=8", "--config.train.eval_every=10 steps",
     "--config.train.max_eval_batches=2", "--config.train.checkpoint_every=3 steps", "--config.train.log_every=2",
     "--config.train.tensorboard=False", "--config.optimizer.warmup=5 steps",
 )  # fmt: skip
