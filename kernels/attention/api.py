@@ -13,7 +13,7 @@ from kernels.attention import chunked, library, masks, mosaic, portable, referen
 from kernels.attention.biases import Bias
 from kernels.attention.call import Call, spec_of
 from kernels.attention.dropout import Dropout
-from kernels.dispatch import Choice, Implementation, anything, choose
+from kernels.dispatch import Choice, Implementation, anything, choose, shown
 
 Segments = Int[Array, "B L"] | tuple[Int[Array, "B L"], Int[Array, "B S"]]
 
@@ -203,9 +203,9 @@ def _check_options(mask, bias, softcap, scale, dropout) -> None:
     if bias is not None and not isinstance(bias, Bias):
         raise ValueError(f"attend: bias is {type(bias).__name__}; give a value of kernels.attention.biases, e.g. Dense(table)")
     if softcap is not None and not (isinstance(softcap, numbers.Real) and 0 < softcap < math.inf):
-        raise ValueError(f"attend: softcap={softcap}; give a positive number, or None for none")
+        raise ValueError(f"attend: softcap={shown(softcap)}; give a positive number, or None for none")
     if scale is not None and not (isinstance(scale, numbers.Real) and math.isfinite(scale)):
-        raise ValueError(f"attend: scale={scale}; give a number known before tracing, or None for 1 / sqrt(D)")
+        raise ValueError(f"attend: scale={shown(scale)}; give a number known before tracing, or None for 1 / sqrt(D)")
     if dropout is not None and not isinstance(dropout, Dropout):
         raise ValueError(f"attend: dropout is {type(dropout).__name__}; give kernels.attention.Dropout(rate, key)")
 
@@ -217,7 +217,7 @@ def _check_bias(bias: Bias, sizes: dict[str, int]) -> None:
         raise ValueError(f"attend: bias {type(bias).__name__} holds {len(leaves)} arrays; {len(bias.axes())} are expected")
     for leaf, axes in zip(leaves, bias.axes(), strict=True):
         if not hasattr(leaf, "shape"):
-            raise ValueError(f"attend: bias {type(bias).__name__} holds {leaf!r}; arrays are expected")
+            raise ValueError(f"attend: bias {type(bias).__name__} holds {shown(leaf)}; arrays are expected")
         expected = [sizes.get(name, size) for name, size in zip(axes, leaf.shape)]
         if len(axes) != leaf.ndim or any(size not in (1, due) for size, due in zip(leaf.shape, expected)):
             raise ValueError(

@@ -55,8 +55,8 @@ def test_refused_in_one_line(options, message):
 
 OF_ANOTHER_TYPE = {
     "attend([1.0], x, x)": "q is list; an array of four axes",
-    "attend(x, x, x, scale='a')": "scale=a; give a number",
-    "attend(x, x, x, softcap='a')": "softcap=a; give a positive number",
+    "attend(x, x, x, scale='a')": "scale='a'; give a number",
+    "attend(x, x, x, softcap='a')": "softcap='a'; give a positive number",
     "attend(x, x, x, segment_ids=[0] * 4)": "segment_ids (queries) is list; an array of integers",
     "attend(x, x, x, segment_ids=(ids,))": "a tuple of 1; give one array, or",
     "masks.Window(2.5)": "Window: size=2.5; a whole number",
