@@ -43,7 +43,7 @@ def damage(rng: random.Random, arguments: dict[str, Any]) -> str:
         elif kind == "extra axis":
             arguments[name] = value[None]
         elif kind == "fewer axes":
-            arguments[name] = value[0] if len(value) else value.sum(0)
+            arguments[name] = value[0] if len(value) else np.zeros(value.shape[1:], value.dtype)
         elif kind == "swapped":
             arguments[name] = np.swapaxes(value, 0, -1)
         else:
