@@ -106,7 +106,9 @@ def check_alike(what: str, value: str) -> None:
     """Raise `ConfigError` in every process unless all of them have this value."""
     if jax.process_count() == 1:
         return
-    digests = multihost_utils.process_allgather(np.frombuffer(hashlib.sha256(value.encode()).digest(), np.uint8))
+    with together():
+        _meet()
+        digests = multihost_utils.process_allgather(np.frombuffer(hashlib.sha256(value.encode()).digest(), np.uint8))
     others = [i for i, digest in enumerate(digests) if not np.array_equal(digest, digests[0])]
     if others:
         raise ConfigError(f"{what} of process {', '.join(map(str, others))} is not that of process 0; give all the same flags")
@@ -131,10 +133,15 @@ def together() -> Iterator[None]:
 
 
 def _from_first(value: np.ndarray) -> np.ndarray:
-    """`value` of process 0, for which the others wait outside of the collective, whose patience ends after 30 seconds."""
+    """`value` as process 0 has it."""
     with together():
-        ocp.multihost.get_barrier_sync_fn()(key=f"meeting_{next(_meetings)}", timeout_ms=_PATIENCE_MS)
+        _meet()
         return np.asarray(multihost_utils.broadcast_one_to_all(value), value.dtype)
+
+
+def _meet() -> None:
+    """Wait for all processes. A first collective waits no more than 30 seconds."""
+    ocp.multihost.get_barrier_sync_fn()(key=f"meeting_{next(_meetings)}", timeout_ms=_PATIENCE_MS)
 
 
 def _bytes(message: str) -> np.ndarray:
