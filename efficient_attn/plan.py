@@ -106,6 +106,8 @@ def make_plan(config: Config) -> Plan:
     mesh = sharding.mesh_shape(layout, jax.device_count())
     sharding.check_rows(train.batch_size, train.accumulate, mesh, "train.batch_size")
     sharding.check_rows(train.eval_batch_size or train.batch_size, 1, mesh, "train.eval_batch_size")
+    if task.length >= 2**31:
+        raise ConfigError(f"the task's sequences have {task.length:,} tokens; positions are int32, so at most 2^31 - 1 can be")
     sharding.check_length(task.length, mesh)
     if train.replicas > 1 and max(size for axis, size in mesh.items() if axis != "data") > 1:
         raise ConfigError(f"train.replicas={train.replicas} go with the data axis alone; set the other axes of sharding to 1")

@@ -123,6 +123,7 @@ def test_missing_recipe_is_an_error():
         (dict(model=dict(mixer=dict(name="softmax", num_heads=3))), r"width 8 is not divisible by num_heads=3"),
         (dict(model=dict(mixer=dict(name="softmax", causal=False))), r"a language model needs causal mixers"),
         (dict(task=dict(num_pairs=40)), r"task: multi_query_recall: .*num_pairs=40"),
+        (dict(task=dict(length=2**31)), r"sequences have 2,147,483,648 tokens; positions are int32"),
     ],
 )
 def test_what_only_fits_together_wrongly_is_found_before_compiling(changes, message):
