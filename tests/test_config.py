@@ -123,12 +123,24 @@ def test_missing_recipe_is_an_error():
         (dict(model=dict(mixer=dict(name="softmax", num_heads=3))), r"width 8 is not divisible by num_heads=3"),
         (dict(model=dict(mixer=dict(name="softmax", causal=False))), r"a language model needs causal mixers"),
         (dict(task=dict(num_pairs=40)), r"task: multi_query_recall: .*num_pairs=40"),
-        (dict(task=dict(length=2**31)), r"sequences have 2,147,483,648 tokens; positions are int32"),
     ],
 )
 def test_what_only_fits_together_wrongly_is_found_before_compiling(changes, message):
     with pytest.raises(ConfigError, match=message):
         make_plan(small(**changes))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "section", "changes", "message"),
+    [
+        ("linear_attention_cpu", "task", {"max_tokens": 2**31}, "sequences have 2,147,483,648 tokens; positions are int32"),
+        ("nystrom_small", "model", {"mixer": {"name": "nystrom", "bias": {}}}, r"model.mixer.bias.name=None is unknown"),
+    ],
+)
+def test_what_a_recipe_cannot_be_changed_to_is_told(recipe, section, changes, message):
+    config = normal_form(importlib.import_module("configs.lra_listops").get_config(recipe))
+    with pytest.raises(ConfigError, match=message):
+        make_plan({**config, section: {**config[section], **changes}})
 
 
 @pytest.mark.parametrize("name", ["lra_listops:bigbird", "lm_jamba:small", "synthetic_recall:softmax"])

@@ -127,6 +127,7 @@ class Attention(nn.Module):
         rotation = positions.build(positions.ROTATIONS, self.rotation, "model.mixer.rotation")
         if not rotation.is_plain:
             raise ConfigError(f"model.mixer.rotation (name={self.rotation['name']!r}) does not go with this mechanism")
+        positions.build(positions.BIASES, self.bias, "model.mixer.bias", name="position_bias")  # raises for a name that is none
         if self.bias["name"] != "none":
             raise ConfigError(f"model.mixer.bias (name={self.bias['name']!r}) does not go with this mechanism")
         return rotation.rotate(x, at, at[:, -1:] + 1)

@@ -90,7 +90,7 @@ def _check_reversible(module: nn.Module) -> None:
         "feed_forward_width": (bool(module.feed_forward_width), "more than 0: the streams take mixer and network in turn"),
         "prenorm": (module.prenorm, "True: a norm of the sum cannot be inverted"),
         "remat": (module.remat == "none", "'none': nothing is kept that could be recomputed"),
-        "bias": (module.bias["name"] == "none", "none: set model.mixer.bias, which is each layer's own"),
+        "bias": (module.bias.get("name") == "none", "none: set model.mixer.bias, which is each layer's own"),
         "positions": (not module.positions.get("per_layer"), "added once, not per_layer"),
     }
     for field, (is_met, needed) in needs.items():

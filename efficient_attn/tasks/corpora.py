@@ -62,7 +62,16 @@ def locate(name: str, data_dir: pathlib.Path) -> pathlib.Path:
 
     Raises `TaskError` where it cannot be had; the message says what to put where, or to give task.path.
     """
-    corpus, folder = CORPORA[name], data_dir / name
+    try:
+        return _locate(name, data_dir / name)
+    except OSError as error:
+        raise TaskError(
+            f"cannot look for {name} in task.data_dir: {error.strerror}; give another folder, or task.path"
+        ) from error
+
+
+def _locate(name: str, folder: pathlib.Path) -> pathlib.Path:
+    corpus = CORPORA[name]
     if corpus.folders:
         return _fetch_folders(corpus, folder)
     if corpus.files:

@@ -277,7 +277,7 @@ class TileSizes:
     def heads(self, B: int, H: int, together: int | None, scores: int) -> tuple[int, int]:
         """(batch rows, heads) of a tile that has so many scores for each head: as many as fit."""
         heads = [h for h in range(1, H + 1) if H % h == 0 and h % together == 0] if together else [1]
-        shapes = [(1, h) for h in heads] + [(b, heads[-1]) for b in range(2, B + 1) if B % b == 0]
+        shapes = [(1, h) for h in heads] + [(b, heads[-1]) for b in range(2, min(B, self.scores) + 1) if B % b == 0]
         return max((shape for shape in shapes if math.prod(shape) * scores <= self.scores), default=shapes[0])
 
 
