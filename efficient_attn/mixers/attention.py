@@ -10,7 +10,7 @@ from flax.typing import Dtype
 from jaxtyping import Array, Float, Int
 
 from efficient_attn import positions
-from efficient_attn.arguments import ConfigError
+from efficient_attn.arguments import ConfigError, lookup
 from efficient_attn.mixers import kv_cache
 from efficient_attn.mixers.context import Context
 from efficient_attn.positions import Places, Sizes
@@ -127,9 +127,10 @@ class Attention(nn.Module):
         rotation = positions.build(positions.ROTATIONS, self.rotation, "model.mixer.rotation")
         if not rotation.is_plain:
             raise ConfigError(f"model.mixer.rotation (name={self.rotation['name']!r}) does not go with this mechanism")
-        positions.build(positions.BIASES, self.bias, "model.mixer.bias", name="position_bias")  # raises for a name that is none
-        if self.bias["name"] != "none":
-            raise ConfigError(f"model.mixer.bias (name={self.bias['name']!r}) does not go with this mechanism")
+        bias = self.bias.get("name")
+        lookup(positions.BIASES, bias, "model.mixer.bias.name")
+        if bias != "none":
+            raise ConfigError(f"model.mixer.bias (name={bias!r}) does not go with this mechanism")
         return rotation.rotate(x, at, at[:, -1:] + 1)
 
     def _decode(self, methods: list, q, k, v, ctx: Context):
