@@ -145,7 +145,8 @@ def _write_atomically(path: pathlib.Path, data: bytes) -> None:
         finally:
             os.close(folder)
     except OSError as error:
-        aside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # on a read-only file system there is nothing to remove, and removing fails
+            aside.unlink(missing_ok=True)
         raise WorkdirError(f"cannot write {path}: {error.strerror}. What it held before is intact.") from error
 
 

@@ -96,17 +96,16 @@ def read(folder: pathlib.Path, expected: Config | None = None) -> Run:
         score = _read_if_there(folder / "eval.json", {})
         lengths = _read_if_there(folder / "lengths.json", {"rows": []})["rows"]
         analyses = {path.stem: workdir.read_json(path)["rows"] for path in sorted(folder.glob("analysis/*.json"))}
-        task = tasks.TASKS[info["config"]["task"]["name"]]
+        run = Run(folder, State.FINISHED, "", info, rows, score, lengths, analyses)
+        state, why = _judge(run, tasks.TASKS[info["config"]["task"]["name"]], expected)
     except (FileNotFoundError, NotADirectoryError):
         return Run(folder, State.NOT_RUN)
     except workdir.WorkdirError as error:
         return Run(folder, State.DAMAGED, str(error))
     except OSError as error:
         return Run(folder, State.DAMAGED, f"cannot read {error.filename}: {error.strerror}")
-    except (KeyError, TypeError) as error:
-        return Run(folder, State.DAMAGED, f"run.json is not that of a run: {type(error).__name__} {error}")
-    run = Run(folder, State.FINISHED, "", info, rows, score, lengths, analyses)
-    state, why = _judge(run, task, expected)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:  # JSON, but of another shape than a run writes
+        return Run(folder, State.DAMAGED, f"its files are not those of a run: {type(error).__name__} {error}")
     return dataclasses.replace(run, state=state, why=why)
 
 
@@ -125,9 +124,23 @@ def _judge(run: Run, task: type[tasks.Task], expected: Config | None) -> tuple[S
         return State.DAMAGED, f"eval.json scores the data {run.score.get('data')}, the run's are {run.info.get('data')}"
     if step not in {row["step"] for row in run.rows}:
         return State.DAMAGED, f"eval.json scores step {step}, of which metrics.jsonl knows nothing"
-    if not run.values(f"test_{task.metric}"):
+    scores = by_seed(run.score, f"test_{task.metric}")
+    if wrong := _not_scores(scores, run.config["train"].get("replicas", 1), task.metric):
+        return State.DAMAGED, f"eval.json: {wrong}"
+    if not any(map(_is_finite, scores)):
         return State.FAILED, f"the test {task.metric} is {run.score.get(f'test_{task.metric}')}"
     return State.FINISHED, ""
+
+
+def _not_scores(scores: Any, seeds: int, metric: str) -> str:
+    """Why these are not the scores of so many seeds; empty where they are. None stands for one that is not finite."""
+    if not isinstance(scores, list) or len(scores) != seeds:
+        return f"{len(scores) if isinstance(scores, list) else scores!r} scores for {seeds} seed(s)"
+    for score in scores:
+        is_number = isinstance(score, int | float) and not isinstance(score, bool)
+        if score is not None and (not is_number or (metric == "accuracy" and not 0 <= score <= 1)):
+            return f"{score!r} is no {metric}"
+    return ""
 
 
 def by_seed(row: Mapping[str, Any], key: str) -> list[Any]:

@@ -227,8 +227,11 @@ def read_failures(root: pathlib.Path) -> dict[pathlib.Path, str]:
     path = root / "sweep.json"
     if not path.exists():
         return {}
-    records = workdir.read_json(path).get("runs", {})
-    return {root / name: record.get("reason", "") for name, record in records.items() if record.get("state") == "failed"}
+    try:
+        records = workdir.read_json(path).get("runs", {})
+        return {root / name: record.get("reason", "") for name, record in records.items() if record.get("state") == "failed"}
+    except AttributeError as error:
+        raise workdir.WorkdirError(f"{path} is not the record of a sweep; remove it, and sweep.py makes it again") from error
 
 
 def _states(members: Iterable[Member]) -> collections.Counter:

@@ -154,7 +154,11 @@ def case(rng: random.Random) -> tuple[str, Callable[[], str]]:
             make = no_bias if wrong and own.random() < 0.5 else any_bias
             given["bias"] = make(own, batch, queries, keys, heads)
         if with_dropout:
-            attend(**given, dropout=own.choice((Dropout(0.5, jax.random.key(0)), Dropout(own.choice((1.0, -0.1, 2)), None), 0.1)))
+            dropout = own.choice((Dropout(0.5, jax.random.key(0)), Dropout(own.choice((1.0, -0.1, 2)), None), 0.1))
+            got = attend(**given, dropout=dropout)
+            assert isinstance(dropout, Dropout) and dropout.rate == 0.5, f"accepted {dropout!r}"
+            out = got[0] if given.get("return_lse") else got
+            assert out.shape == (*given["q"].shape[:3], given["v"].shape[3]), "shape of the output"
             return "right shape"
         got = attend(**given)
         out, lse = got if given.get("return_lse") else (got, None)

@@ -63,6 +63,8 @@ def write_run(cell: Cell, root: pathlib.Path, accuracy: float = 0.5, steps: int 
         reached = accuracy * (1 - math.exp(-5 * i / points)) / (1 - math.exp(-5))
         rows.append({"step": i * steps // points, "train_loss": 1 - reached, "valid_accuracy": reached, **rates})
     score = {"data": "recall-64", "split": "test", "step": steps, "test_accuracy": accuracy, "valid_accuracy": accuracy}
+    if cell.replicas > 1:
+        score["test_accuracy_by_seed"] = score["valid_accuracy_by_seed"] = [accuracy] * cell.replicas
     run = {**info, "config": expected_config(cell), "data": "recall-64", "steps": steps}
     (folder / "run.json").write_text(json.dumps(run))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -243,5 +243,5 @@ def test_one_run_fills_places_of_several_sections_by_its_analyses(tmp_path):
     (folder / "analysis" / "windows.json").write_text(json.dumps({"rows": rows}))
     short, other = summary.summarise(table, tmp_path / "runs", "cpu").sections
     assert short.figures["softmax"]["L=64 d=64"].scores == pytest.approx((20.0, 30.0))
-    assert short.figures["softmax"]["L=64 d=32"].scores == pytest.approx((50.0,))
+    assert short.figures["softmax"]["L=64 d=32"].scores == pytest.approx((50.0, 50.0))
     assert other.figures["elsewhere"]["a"].scores == pytest.approx((40.0, 50.0))

@@ -17,8 +17,6 @@ from efficient_attn.tasks.pipeline import train_batches
 from efficient_attn.tasks.synthetic import MultiQueryRecall
 from efficient_attn.training import Progress, train_and_evaluate
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 SMALL = {
     "model.width": 16, "model.depth": 1, "model.norm": "batch", "model.dropout": 0.1, "optimizer.ema": 0.9, "task.num_eval": 64,
     "train.batch_size": 16, "train.duration": "12 steps", "train.eval_every": "4 steps", "train.checkpoint_every": "4 steps",
