@@ -52,7 +52,8 @@ PROTOCOLS = {
     ),
     "lra-ssm": Protocol(
         "State-space models and after: sizes and schedules of each paper's own", SIX,
-        ("The average is over six tasks, a failure on Path-X counted as 50.", TEXT, GREY,
+        ("The average is over six tasks and formed here from the figures shown.",
+         "Papers count a failure on Path-X as 50; here a row with one has no average.", TEXT, GREY,
          "S4, S4D, S5 are bidirectional; LRU is so on Pathfinder and Path-X only.",
          "Mamba's paper has no such table and what others print of it disagrees; its recipes here are ours."),
         average=SIX, floors=FLOORS,
