@@ -91,8 +91,7 @@ class Checkpoints:
 
     def __init__(self, directory: pathlib.Path, *, metric: str, mode: Literal["max", "min"], read_only: bool = False):
         self.directory = directory.resolve()
-        self._metric, self._sign = metric, {"max": -1.0, "min": 1.0}[mode]
-        self._read_only = read_only
+        self._metric, self._sign, self._read_only = metric, {"max": -1.0, "min": 1.0}[mode], read_only
         self._changes = not read_only and jax.process_index() == 0  # whether this process may rename and delete
         self._whole: set[int] = set()  # steps this process has sealed or verified
         self._saving: int | None = None

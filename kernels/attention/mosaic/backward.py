@@ -69,16 +69,7 @@ def _dkv_kernel(tiling: Tiling, operands, outputs, scratch):
     group, column, b = (lax.axis_index(name) for name in ("group", "line", "batch"))
     gpu, stages = machine(tiling.interpret), tiling.blocks.stages
 
-    def of_heads(visit, carry):
-        """The walk over the queries of all heads that share these keys; returns the number of visits too."""
-        heads = call.q.shape[2] // call.k.shape[2]
-
-        def of_head(r, state):
-            head = group * heads + r
-            return walk(listed, head, column, functools.partial(visit, head), state)
-
-        state = (jnp.int32(0), carry)
-        return lax.fori_loop(0, heads, of_head, state) if heads > 1 else of_head(0, state)
+    of_heads = functools.partial(_walk_heads, call, listed, group, column)
 
     def produce():
         def visit(head, n, row, pattern, tested, carry):
@@ -126,6 +117,18 @@ def _dkv_kernel(tiling: Tiling, operands, outputs, scratch):
         _store(*((x * factor, ref, out.at[at]) for x, factor, ref, out in results if x is not None))
 
     run_roles(gpu, tiling, produce, consume)
+
+
+def _walk_heads(call, listed, group, column, visit, carry):
+    """The walk over the queries of all heads that share these keys; returns the number of visits too."""
+    heads = call.q.shape[2] // call.k.shape[2]
+
+    def of_head(r, state):
+        head = group * heads + r
+        return walk(listed, head, column, functools.partial(visit, head), state)
+
+    state = (jnp.int32(0), carry)
+    return lax.fori_loop(0, heads, of_head, state) if heads > 1 else of_head(0, state)
 
 
 def _visit_queries(gpu, tile: Tile, bias, k, v, refs, carry):
