@@ -55,7 +55,7 @@ def cached(model: LanguageModel, variables: dict, length: int, turns: int):
     """A function that decodes `MAX_STEPS` more tokens after `length`, and goes on from there the next time."""
     decoder = Decoder(model, variables)
     held = [decoder.prefill(decoder.init(1, length + MAX_STEPS * turns), [0], [prompt(length)])]
-    rows = Rows(*(np.array([x]) for x in (1, 0, 10**9, 0, True)))
+    rows = Rows.idle(1).replace(token=np.array([1]), limit=np.array([10**9]), active=np.array([True]))
 
     def run():
         held[0], _, out = decoder.decode(held[0], rows, None, MAX_STEPS, sampling=GREEDY)

@@ -76,7 +76,7 @@ class PagedCache(ContiguousCache):
         waiting = list(zip(rows, prompts, strict=True))
         while waiting:  # those that begin alike in turn, so that each can share what those before it have written
             wave = {
-                tuple(prompt[: self.blocks.block_size]) if self.shares else row: (row, prompt) for row, prompt in waiting[::-1]
+                (self.shares and tuple(prompt[: self.blocks.block_size])) or row: (row, prompt) for row, prompt in waiting[::-1]
             }
             self._admit_together(*zip(*wave.values()))
             waiting = [item for item in waiting if item not in wave.values()]

@@ -2,7 +2,8 @@
 
 The state of all rows is two collections: `cache`, whose arrays have a row for each sequence (recurrent states, contiguous keys
 and values, and how far each row is), and `blocks`, pools that rows share by block tables. Decoding takes no padding, so prompts
-of different lengths go in by chunks of powers of two in which only some rows take part.
+of different lengths go in by chunks of powers of two in which only some rows take part. The loop can feed the last tokens of a
+prompt itself, while other rows decode (as Sarathi's batches do, Agrawal et al. 2023).
 """
 
 import functools
@@ -27,6 +28,8 @@ MAX_CHUNK = 256
 MAX_STEPS = 32
 """Tokens of each row that are decoded between two looks of the host, at most."""
 
+CHUNKS = [1 << i for i in range(MAX_CHUNK.bit_length())]
+
 NO_TOKEN = -1
 """The stop token where there is none, and what a row that has ended puts out."""
 
@@ -45,13 +48,42 @@ class State:
 
 @flax.struct.dataclass
 class Rows:
-    """Where each row [B] stands: the token to feed next, how many it did and may sample, its seed, and whether it goes on."""
+    """Where each row [B] stands: the token to feed next, how many it did and may sample, its seed, and whether it goes on.
+
+    Before a row samples it feeds `pending` tokens more, the first ones of `prompt` [B, MAX_STEPS].
+    """
 
     token: Any
     count: Any
     limit: Any
     seed: Any
     active: Any
+    pending: Any
+    prompt: Any
+
+    @classmethod
+    def idle(cls, size: int) -> "Rows":
+        """NumPy arrays to fill in."""
+        numbers = (np.zeros(size, np.int32) for _ in range(4))
+        return cls(*numbers, np.zeros(size, bool), np.zeros(size, np.int32), np.zeros((size, MAX_STEPS), np.int32))
+
+
+CALL = 2
+"""Steps of the loop that take as long as putting a chunk of a prompt into the cache, about."""
+
+
+def left_to_steps(lengths: Sequence[int], active: int) -> list[int]:
+    """How many last tokens of new prompts the loop had better feed, where `active` rows take part in it, theirs among them.
+
+    A chunk takes a call of its own, in which nobody else gets on; a token that is left takes a step, in which the other rows do.
+    """
+
+    def cost(size: int) -> float:
+        calls = sum(any(n & chunk for n in lengths) for chunk in CHUNKS if chunk >= size)
+        return CALL * calls + max(n % size for n in lengths) * len(lengths) / active
+
+    size = min((size for size in CHUNKS if size <= MAX_STEPS), key=cost)
+    return [n % size for n in lengths]
 
 
 class Decoder:
@@ -105,9 +137,10 @@ class Decoder:
     def decode(
         self, state: State, rows: Rows, tables: np.ndarray | None, steps: int, *, sampling: Sampling, stop: int = NO_TOKEN
     ) -> tuple[State, Rows, Int[Array, "B T"]]:  # fmt: skip
-        """Sample up to `steps` <= `MAX_STEPS` tokens of each active row, and where each row is then.
+        """Feed up to `steps` <= `MAX_STEPS` tokens of each active row, and where each row is then.
 
-        A row ends at its limit, and at the token `stop`, which is put out. The tokens are [B, MAX_STEPS], `NO_TOKEN` where none.
+        A row ends at its limit, and at the token `stop`, which is put out. The tokens sampled are [B, MAX_STEPS], `NO_TOKEN`
+        where none: in the first `pending` steps of a row, and after its end.
         """
         return self._decode(self.variables, state, rows, tables, jnp.int32(min(steps, MAX_STEPS)), sampling=sampling, stop=stop)
 
@@ -171,13 +204,16 @@ class Decoder:
             step, state, rows, out = carry
             own = None if tables is None else jnp.where(rows.active[:, None], tables, 0)  # a row that ended writes to scratch
             state, logits = self._score_step(variables, state, rows.token, own)
-            new = jnp.where(rows.active, sample(logits, keys, rows.count, sampling), NO_TOKEN)
-            count = rows.count + rows.active
-            token = jnp.where(rows.active, new, rows.token)
-            active = rows.active & (count < rows.limit) & (new != stop)
+            feeds = rows.active & (step < rows.pending)
+            samples = rows.active & ~feeds
+            new = jnp.where(samples, sample(logits, keys, rows.count, sampling), NO_TOKEN)
+            count = rows.count + samples
+            token = jnp.where(feeds, rows.prompt[:, step], jnp.where(samples, new, rows.token))
+            active = feeds | (samples & (count < rows.limit) & (new != stop))
             return step + 1, state, rows.replace(token=token, count=count, active=active), out.at[:, step].set(new)
 
-        _, state, rows, out = jax.lax.while_loop(goes_on, body, (jnp.int32(0), state, rows, out))
+        step, state, rows, out = jax.lax.while_loop(goes_on, body, (jnp.int32(0), state, rows, out))
+        rows = rows.replace(pending=jnp.maximum(rows.pending - step, 0))
         return state if spread is None else _in_blocks(state.cache, pools, spread), rows, out
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from efficient_attn.arguments import ConfigError
 from efficient_attn.generation import caches
 from efficient_attn.generation.blocks import OutOfBlocks
-from efficient_attn.generation.decoding import MAX_STEPS, NO_TOKEN, Decoder, Rows
+from efficient_attn.generation.decoding import MAX_STEPS, NO_TOKEN, Decoder, Rows, left_to_steps
 from efficient_attn.generation.sampling import GREEDY, Sampling
 
 LEAST_STEPS = 4
@@ -39,11 +39,12 @@ class Request:
 
 @dataclasses.dataclass
 class Generation:
-    """A request under way: its number, in order of arrival, and the tokens generated so far."""
+    """A request under way: its number, in order of arrival, the tokens generated so far, and how many are in the cache."""
 
     number: int
     request: Request
     generated: list[int] = dataclasses.field(default_factory=list)
+    stored: int = 0
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -51,12 +52,8 @@ class Generation:
 
     @property
     def left(self) -> int:
-        return self.request.max_tokens - len(self.generated)
-
-    @property
-    def stored(self) -> int:
-        """Tokens in the cache: the last one is fed by the next step."""
-        return len(self.request.prompt) + len(self.generated) - 1
+        """Steps to its end, if no stop token comes."""
+        return len(self.request.prompt) + self.request.max_tokens - 1 - self.stored
 
 
 @dataclasses.dataclass
@@ -129,10 +126,18 @@ class Engine:
                 break
             self._running[free.pop(0)] = self._waiting.popleft()
         if leaders:
-            self.cache.admit(list(leaders.values()), list(leaders))
+            left = left_to_steps([len(tokens) for tokens in leaders], len(self._running))
+            self._start(list(leaders.values()), [tokens[: len(tokens) - n] for tokens, n in zip(leaders, left)])
         if forks:
             self.cache.fork(*zip(*forks))
+            for row, leader in forks:
+                self._running[row].stored = self._running[leader].stored
             self.counts.forked += len(forks)
+
+    def _start(self, rows: Sequence[int], prompts: Sequence[tuple[int, ...]]) -> None:
+        self.cache.admit(rows, prompts)
+        for row, prompt in zip(rows, prompts):
+            self._running[row].stored = len(prompt)
 
     def _step(self) -> Iterator[tuple[int, list[int]]]:
         """Decode a few tokens of every running sequence, and end those that are done."""
@@ -142,11 +147,13 @@ class Engine:
             self.cache.state, rows, self.cache.tables(), steps, sampling=self.sampling, stop=self.stop
         )
         self.cache.state = state
-        count, active, out = jax.device_get((after.count, after.active, out))
-        self.counts.steps += int((count - rows.count).max())
+        count, pending, active, out = jax.device_get((after.count, after.pending, after.active, out))
+        fed = rows.pending - pending
+        self.counts.steps += int((fed + count - rows.count).max())
         for row, sequence in list(self._running.items()):
-            new = out[row, : count[row] - rows.count[row]].tolist()
+            new = out[row, fed[row] :][: count[row] - rows.count[row]].tolist()
             sequence.generated += new
+            sequence.stored += int(fed[row]) + len(new)
             self.counts.tokens += len(new)
             self.cache.publish(row, sequence.tokens[: sequence.stored])
             if not active[row]:
@@ -176,12 +183,13 @@ class Engine:
         self.counts.preempted += 1
 
     def _rows(self) -> Rows:
-        token, count, limit, seed = (np.zeros(self.cache.rows, np.int32) for _ in range(4))
-        active = np.zeros(self.cache.rows, bool)
+        rows = Rows.idle(self.cache.rows)
         for row, sequence in self._running.items():
-            token[row], count[row] = sequence.tokens[-1], len(sequence.generated)
-            limit[row], seed[row], active[row] = sequence.request.max_tokens, sequence.request.seed, True
-        return Rows(token, count, limit, seed, active)
+            token, *pending = sequence.tokens[sequence.stored :]
+            rows.token[row], rows.count[row], rows.active[row] = token, len(sequence.generated), True
+            rows.limit[row], rows.seed[row] = sequence.request.max_tokens, sequence.request.seed
+            rows.pending[row], rows.prompt[row, : len(pending)] = len(pending), pending
+        return rows
 
 
 def generate(

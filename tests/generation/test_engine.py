@@ -6,7 +6,7 @@ import pytest
 
 from efficient_attn.arguments import ConfigError
 from efficient_attn.generation import caches
-from efficient_attn.generation.decoding import Decoder, Rows
+from efficient_attn.generation.decoding import Decoder, Rows, left_to_steps
 from efficient_attn.generation.engine import Engine, Request, generate, seeds
 from efficient_attn.generation.sampling import GREEDY, Sampling
 from efficient_attn.mixers import state_size
@@ -43,6 +43,32 @@ def test_requests_together_are_as_each_without_cache(decoder):
     assert engine.counts.steps < 2 * max(request.max_tokens for request in REQUESTS) + engine.counts.preempted * 12
 
 
+def test_the_end_of_a_prompt_is_fed_while_others_decode(monkeypatch):
+    """A prompt that comes alone to a full batch goes in by steps, three of them at a time, and is continued as ever."""
+    decoder = Decoder(*language_model("hybrid"))
+    chunks = []
+    monkeypatch.setattr(decoder, "prefill", lambda state, rows, prompts: chunks.append(prompts) or state)
+    engine = Engine(decoder, rows=4, length=24, steps=3)
+    requests = [Request((i,), 2 + 9 * (i > 1)) for i in range(1, 5)] + [Request((5, 3, 1, 2, 4, 6), 7)]
+    assert run(engine, requests) == [greedy("hybrid", request) for request in requests]
+    assert not any(map(len, sum(chunks, [])))
+
+
+@pytest.mark.parametrize(
+    "lengths, active, left",
+    [
+        ([7], 1, [1]),  # alone: a call for 4 tokens, one for 2, and a step
+        ([7], 8, [7]),  # seven rows get on meanwhile
+        ([31], 8, [15]),
+        ([16, 24], 2, [0, 0]),
+        ([0], 1, [0]),
+        ([300, 300], 2, [0, 0]),
+    ],
+)
+def test_chunks_and_steps_share_a_prompt_as_costs_least(lengths, active, left):
+    assert left_to_steps(lengths, active) == left
+
+
 def test_blocks_read_at_each_token_give_the_same():
     decoder = Decoder(*language_model("hybrid"), PAGING, gather_once=False)
     assert run(Engine(decoder, rows=3, length=24, steps=5), REQUESTS) == [greedy("hybrid", request) for request in REQUESTS]
@@ -57,7 +83,7 @@ def test_a_row_that_has_ended_spoils_none_of_its_blocks():
         cache.admit([0, 1], [(3, 1) * 6 + (4,), (5,)])
         for row in (0, 1):
             cache.reserve(row, 16)
-        rows = Rows(*(np.array(x) for x in ((2, 6), (0, 0), (3, 9), (0, 0), (True, True))))
+        rows = Rows.idle(2).replace(token=np.array([2, 6]), limit=np.array([3, 9]), active=np.array([True, True]))
         state, after, _ = decoder.decode(cache.state, rows, cache.tables(), 9, sampling=GREEDY)
         assert after.count.tolist() == [3, 9]
         held.append([pool[:, cache.tables([0])[0]] for pool in jax.tree.leaves(state.blocks)])
