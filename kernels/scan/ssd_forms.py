@@ -5,8 +5,12 @@ B and C shared by the R heads of each of G groups; `log_decay=None` is l = 0. Un
 
     y_t = sum_{s <= t} exp(l_{s+1} + ... + l_t) (C_t . B_s) x_s,
 
-which `dual` evaluates by products of matrices inside chunks of Q steps, carrying one state from chunk to chunk.
+which `dual` evaluates by products of matrices inside chunks of Q steps, carrying one state from chunk to chunk. Stretches of
+chunks are computed one after the other, and once more in the backward pass: what they keep between the two is their state, and
+their scores stay in the cache.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +18,9 @@ from jax import lax
 from jaxtyping import Array, Float
 
 Q = 64  # steps in a chunk
+SCORES = {"cpu": 2**19}
+"""Scores of a stretch, by platform: 2 MiB of each array; measured with `benchmarks.scan_cost` up to 64K steps."""
+SCORES_ELSEWHERE = 2**26  # to fill a device; not measured on any
 NOTHING = -1e30  # a log-decay that lets nothing through, of which many may be added
 
 X = Float[Array, "B L G R P"]
@@ -39,16 +46,39 @@ def recurrence(x: X, log_decay: LogDecay, B: BC, C: BC, h0: State) -> tuple[X, S
     return jnp.moveaxis(y, 0, 1), last
 
 
-def dual(x: X, log_decay: LogDecay, B: BC, C: BC, h0: State) -> tuple[X, State]:
-    """The same in chunks. A last chunk that is not full is padded with steps that write nothing and keep the state."""
-    batch, length = x.shape[:2]
+def dual(x: X, log_decay: LogDecay, B: BC, C: BC, h0: State, *, scores: int | None = None) -> tuple[X, State]:
+    """The same in chunks, as many together as have `scores` scores. Memory O(L) beside the scores of a stretch."""
+    batch, length, groups, heads, _ = x.shape
+    scores = SCORES.get(jax.default_backend(), SCORES_ELSEWHERE) if scores is None else scores
     size = min(Q, length)
+    chunks = -(-length // size)
+    stretches = -(-chunks // max(1, scores // (batch * groups * heads * size**2)))
+    steps = -(-chunks // stretches) * size
+    x, log_decay, B, C = (_padded(v, stretches * steps) for v in (x, log_decay, B, C))
+    if stretches == 1:
+        y, last = _stretch(size, x, log_decay, B, C, h0)
+        return y[:, :length], last
 
-    def chunks(v):
-        v = jnp.pad(v, ((0, 0), (0, -length % size), *((0, 0),) * (v.ndim - 2)))
-        return v.reshape(batch, -1, size, *v.shape[2:])
+    def in_turn(v):
+        return None if v is None else jnp.moveaxis(v.reshape(batch, stretches, steps, *v.shape[2:]), 1, 0)
 
-    x, log_decay, B, C = jax.tree.map(chunks, (x, log_decay, B, C))
+    def step(h, stretch):
+        y, h = jax.checkpoint(functools.partial(_stretch, size))(*stretch, h)
+        return h, y
+
+    last, y = lax.scan(step, h0, tuple(map(in_turn, (x, log_decay, B, C))))
+    return jnp.moveaxis(y, 0, 1).reshape(batch, -1, *y.shape[3:])[:, :length], last
+
+
+def _padded(v, length: int):
+    """With steps that write nothing and keep the state."""
+    return None if v is None else jnp.pad(v, ((0, 0), (0, length - v.shape[1]), *((0, 0),) * (v.ndim - 2)))
+
+
+def _stretch(size: int, x: X, log_decay: LogDecay, B: BC, C: BC, h0: State) -> tuple[X, State]:
+    """y and h_last of whole chunks of `size` steps."""
+    batch = x.shape[0]
+    x, log_decay, B, C = jax.tree.map(lambda v: v.reshape(batch, -1, size, *v.shape[2:]), (x, log_decay, B, C))
     if log_decay is None:
         decay = jnp.tri(size, size + 1, 1, x.dtype)[None, None, None, None]
     else:
@@ -58,7 +88,7 @@ def dual(x: X, log_decay: LogDecay, B: BC, C: BC, h0: State) -> tuple[X, State]:
     scores = _einsum("bcign,bcjgn->bcgij", C, B)
     inside = _einsum("bcgrij,bcjgrp->bcigrp", scores[:, :, :, None] * decay[..., 1:], x)
     y = inside + _einsum("bcign,bcgrpn->bcigrp", C, before) * _in_time(decay[..., 0])
-    return y.reshape(batch, -1, *y.shape[3:])[:, :length], last
+    return y.reshape(batch, -1, *y.shape[3:]), last
 
 
 def _in_time(decay: Float[Array, "B c G R Q"]) -> Float[Array, "B c Q G R 1"]:

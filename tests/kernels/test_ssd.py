@@ -1,5 +1,7 @@
 """ssd: the recurrence against a plain loop and an oracle, the matrix form against the recurrence, and the edges."""
 
+import dataclasses
+import functools
 import json
 
 import jax
@@ -7,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels.scan import explain_ssd, ssd
+from kernels.scan import explain_ssd, ssd, ssd_forms
 from kernels.scan.ssd import IMPLEMENTATIONS
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -96,6 +98,16 @@ def test_matrix_form_is_the_recurrence_with_all_gradients(x64, L, groups, revers
     ours, expected = (value_and_gradients(name, values, **options) for name in ("chunked", "reference"))
     assert set(ours) == {"y", "h_last", *values}
     for key in ours:
+        np.testing.assert_allclose(ours[key], expected[key], rtol=1e-10, atol=1e-10, err_msg=key)
+
+
+def test_stretches_of_chunks_are_the_recurrence_with_all_gradients(x64, monkeypatch):
+    """Three stretches of two chunks, the last of them padding."""
+    chunked = dataclasses.replace(IMPLEMENTATIONS["chunked"], run=functools.partial(ssd_forms.dual, scores=2**16))
+    monkeypatch.setitem(IMPLEMENTATIONS, "chunked", chunked)
+    options = dict(reset=resets(300), reverse=True)
+    ours, expected = (value_and_gradients(name, arrays(300), **options) for name in ("chunked", "reference"))
+    for key in expected:
         np.testing.assert_allclose(ours[key], expected[key], rtol=1e-10, atol=1e-10, err_msg=key)
 
 
