@@ -1,5 +1,6 @@
 """Five random kills over a short run, by the command that does two hundred: python -m tests.faults --kills=200."""
 
+import collections
 import json
 import os
 import pathlib
@@ -7,6 +8,8 @@ import subprocess
 import sys
 
 import pytest
+
+from tests.faults.kills import Tally
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -25,3 +28,11 @@ def test_five_kills_lose_nothing(tmp_path):
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
     summary = json.loads((tmp_path / "kills.json").read_text())
     assert summary["kills"] == 5 and summary["runs_finished_and_identical"] >= 1
+
+
+def test_kills_that_miss_what_they_are_named_after_are_an_error():
+    hits = {("SIGKILL", "any time", "starting"): 9, ("SIGTERM", "in a save", "saving"): 2, ("SIGINT", "in a save", "stepping"): 2}
+    Tally(collections.Counter(hits)).check_moments()
+    misses = {**hits, ("SIGKILL", "in data generation", "starting"): 2, ("SIGINT", "in data generation", "generating data"): 1}
+    with pytest.raises(AssertionError, match=r"in data generation have met .*'starting': 2"):
+        Tally(collections.Counter(misses)).check_moments()

@@ -26,7 +26,6 @@ import dataclasses
 import functools
 import hashlib
 import itertools
-import os
 import pathlib
 import statistics
 import time
@@ -355,7 +354,7 @@ class ListOps(Task):
             return f"{self.directory}: to be read from {self.release_dir}, about 10 s and {count * 750e-6:.0f} MB"
         start, probe = time.process_time(), 200
         tokens = sum(len(tokens) for tokens, _ in itertools.islice(expressions(self.grammar, (self.seed,), 0, batch=1024), probe))
-        seconds = count * (time.process_time() - start) / probe / (os.cpu_count() or 1)
+        seconds = count * (time.process_time() - start) / probe / records.num_cores()
         megabytes = count * (380 + 0.36 * tokens / probe) / 1e6  # measured: array_record's overhead, and compressed tokens
         return f"{self.directory}: to be generated, about {1 + seconds:.0f} s on this machine's CPUs and {megabytes:.0f} MB"
 

@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import io
 import math
-import os
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import ClassVar
@@ -230,7 +229,7 @@ class Pathfinder(Task):
     def cost(self) -> str:
         if records.is_prepared(self.directory):
             return f"{self.directory}: already there"
-        count, cores = sum(self.sizes.values()), os.cpu_count() or 1
+        count, cores = sum(self.sizes.values()), records.num_cores()
         megabytes = f"{count * BYTES[self.resolution] / 1e6:,.0f} MB"
         if self.release_dir:
             return f"{self.directory}: {count:,} images to be read from {self.release_folder}, about {megabytes}"

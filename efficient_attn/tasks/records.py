@@ -70,7 +70,7 @@ def prepare(
       shards: number of shards of each split. The finer, the less an interruption loses and the better the ETA.
       generate: picklable pure function; `generate(split, shard)` yields the examples of one shard in order. It runs in
         fresh processes that do not import the calling script.
-      workers: number of processes; None means one per CPU.
+      workers: number of processes; None means one for each core that this process may use.
 
     Raises:
       TaskError: the disk is full or not writable, `generate` failed or gave no example for a shard, a worker was killed, or
@@ -84,7 +84,7 @@ def prepare(
         directory.mkdir(parents=True, exist_ok=True)
         with _exclusive(directory):
             if not is_prepared(directory):  # by the process that we waited for
-                _fill(directory, plan, features, generate, workers or os.cpu_count() or 1)
+                _fill(directory, plan, features, generate, workers or num_cores())
     except OSError as error:
         raise TaskError(f"Cannot prepare {directory}: {error}") from error
 
@@ -104,6 +104,11 @@ def _fill(directory: pathlib.Path, plan: list[_Shard], features, generate: Gener
     finally:
         _remove_leftovers(directory)
     _say(f"{directory.name}: prepared in {directory}")
+
+
+def num_cores() -> int:
+    """Of those that this process may use, which a batch system or a sweep can limit."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def is_prepared(directory: pathlib.Path) -> bool:
@@ -345,6 +350,8 @@ def _write_metadata(directory: pathlib.Path, features, plan: list[_Shard]) -> No
     aside = directory / "incomplete.metadata"
     aside.mkdir()
     info.write_to_directory(aside)
-    for path in sorted(aside.iterdir(), key=lambda path: path.name == _METADATA):
+    last = (aside / _METADATA).rename(directory / f"incomplete.{_METADATA}")
+    for path in aside.iterdir():
         _publish(path, directory / path.name)
     aside.rmdir()
+    _publish(last, directory / _METADATA)

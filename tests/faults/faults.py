@@ -132,7 +132,7 @@ def disk_full(place: Place) -> Row:
         says = place.last_line(program).replace(str(disk / "run"), "runs/x")
         assert status == 3 and "No space left on device" in says, (status, says)
         left = runs.committed(disk / "run")
-        assert not runs.partial_files(disk / "run") and not runs.unfinished(disk / "run", place.data)
+        assert not runs.partial_files(disk / "run") and not runs.unfinished_saves(disk / "run")
         subprocess.run(["mount", "-o", "remount,size=10m", str(disk)], check=True)
         shutil.copytree(disk / "run", place.workdir)
     finally:

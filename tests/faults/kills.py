@@ -1,9 +1,10 @@
 """Kills at random moments over the short run, each time continued by the same command.
 
-Every kill draws a signal (`kill -9`, SIGTERM, Ctrl-C to the whole session, as a terminal sends it) and a moment: any time at
-all, inside a save, or inside the generation of a data set that does not exist yet. After each one nothing under a final name
-may be partial and no process may be left; the next attempt must continue from the newest checkpoint on disk. A run that
-reaches its end must equal the uninterrupted one: every array bit for bit, every line of metrics, every path in its folder.
+Every kill draws a signal (`kill -9`, SIGTERM, Ctrl-C), whom it goes to (the run's process, or all of its session, as terminals
+and batch systems send it) and a moment: any time at all, inside a save, or inside the generation of a data set that is not
+whole yet. Of the last two most must meet what they are named after. After each one nothing under a final name may be partial
+and no process may be left; the next attempt must continue from the newest checkpoint on disk. A run that reaches its end must
+equal the uninterrupted one: every array bit for bit, every line of metrics, every path in its folder.
 """
 
 import collections
@@ -18,17 +19,51 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from efficient_attn.tasks import listops
 from efficient_attn.workdir import read_json
 from tests.faults import programs, runs
 
 SIGNALS = {signal.SIGKILL: 3, signal.SIGTERM: 1, signal.SIGINT: 1}  # and their weights
-MOMENTS = {"any time": 4, "in a save": 4, "in data generation": 2}
 ENDINGS = {signal.SIGKILL: (-9,), signal.SIGTERM: (75, -15), signal.SIGINT: (75, 130)}
 """Exit statuses by signal; the second ones before the run listens: it has then touched nothing."""
 IGNORED = re.compile(r"Exception ignored in.*\n(?:(?:Traceback| ).*\n|\s*\n)*KeyboardInterrupt.*\n")
 """What Python says of a Ctrl-C that it drops; the run must stop all the same."""
 LATE = 10  # steps from the end, within which a run may finish before it sees a signal
 LEAVE_SECONDS = 20  # in which the workers of a killed run must have ended
+
+
+@dataclasses.dataclass(frozen=True)
+class Moment:
+    """When a kill comes: in `stage`, once some of the `things` in (workdir, data) have been seen, up to `count`, and soon after.
+
+    stage: empty for any; else what at least half of the kills must meet. seconds: how soon; 0 for a whole run's.
+    """
+
+    weight: int
+    stage: str = ""
+    things: Callable[[pathlib.Path, pathlib.Path], set[pathlib.Path]] = lambda workdir, data: set()
+    count: int = 0
+    seconds: float = 0.0
+
+
+SHARDS = sum(listops.SHARDS.values())
+MOMENTS = {
+    "any time": Moment(weight=4),
+    "in a save": Moment(4, "saving", lambda workdir, data: runs.unfinished_saves(workdir), count=5, seconds=0.05),
+    "in data generation": Moment(2, "generating data", lambda workdir, data: runs.shards(data), count=SHARDS + 10, seconds=0.02),
+}
+"""(More shards than there are: what earlier kills have left is made whole, and the run ends.)"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Kill:
+    """`number` is sent, to all of the session or to the run's process alone, `delay` s after `count` things of the moment."""
+
+    number: signal.Signals
+    to_all: bool
+    moment: str
+    count: int
+    delay: float
 
 
 @dataclasses.dataclass
@@ -39,6 +74,14 @@ class Tally:
     attempts: int = 0
     finished_runs: int = 0
     ended_before_the_signal: int = 0
+
+    def check_moments(self) -> None:
+        """At least half of the kills of a moment that has a stage must have met it; else its trigger is broken."""
+        for name, moment in MOMENTS.items():
+            met = collections.Counter()
+            for (_, of, stage), count in self.kills.items():
+                met[stage] += count * (of == name)
+            assert not moment.stage or 2 * met[moment.stage] >= met.total(), f"the kills {name} have met {+met}"
 
 
 class Campaign:
@@ -79,84 +122,71 @@ class Campaign:
             number += 1
         return self.tally
 
-    def draw(self, kills: int) -> tuple:
+    def draw(self, kills: int) -> tuple[pathlib.Path, Kill | None]:
         """Where the next attempt finds its data, and how it is killed (None once there have been enough)."""
         if sum(self.tally.kills.values()) >= kills:
             return self.data, None
         number = self.random.choices(list(SIGNALS), SIGNALS.values())[0]
-        moment = self.random.choices(list(MOMENTS), MOMENTS.values())[0]
-        data = self.folder / "new data" if moment == "in data generation" else self.data
-        return data, (number, moment)
+        name = self.random.choices(list(MOMENTS), [moment.weight for moment in MOMENTS.values()])[0]
+        moment = MOMENTS[name]
+        count, delay = self.random.randint(1, moment.count or 1), self.random.uniform(0, moment.seconds or 1.1 * self.seconds)
+        kill = Kill(number, self.random.random() < 0.5, name, count, delay)
+        if name != "in data generation":
+            return self.data, kill
+        data = self.folder / "new data"
+        if len(runs.shards(data)) >= count:  # by earlier kills
+            shutil.rmtree(data)
+        return data, kill
 
-    def attempt(self, workdir: pathlib.Path, data: pathlib.Path, kill: tuple | None) -> bool:
+    def attempt(self, workdir: pathlib.Path, data: pathlib.Path, kill: Kill | None) -> bool:
         """Start or continue the run in `workdir`, and kill it; whether it reached its end."""
         newest = max(runs.committed(workdir), default=None)
         self.tally.attempts += 1
         flags = runs.train(workdir, data, f"--config.train.duration={self.steps} steps")
         program = programs.start(flags, self.folder / "attempt")
         try:
-            status = program.wait() if kill is None else self.kill(program, workdir, data, *kill)
+            status = program.wait() if kill is None else self.kill(program, workdir, data, kill)
             self.check(program, workdir, data, newest, status, killed=kill is not None)
         finally:
             program.end_all()
         return status == 0
 
-    def kill(self, program, workdir: pathlib.Path, data: pathlib.Path, number: signal.Signals, moment: str) -> int:
+    def kill(self, program: programs.Program, workdir: pathlib.Path, data: pathlib.Path, kill: Kill) -> int:
         """Send the signal when its moment has come; the exit status."""
-        left = runs.unfinished(workdir, data)  # by earlier kills
-        reached, delay = self.moment(workdir, data, moment)
-        while not reached() and not program.is_over():
+        moment, seen = MOMENTS[kill.moment], set()
+        while not program.is_over() and moment.stage:
+            if self.stage(program, workdir) == moment.stage:
+                seen |= moment.things(workdir, data)
+                if len(seen) >= kill.count:
+                    break
             time.sleep(0.001)
-        time.sleep(delay)
+        time.sleep(kill.delay)
         met = ""
         if not program.is_over():
-            met = self.stage(program, runs.unfinished(workdir, data) - left)
-            self.strike(program, number)
-            if number == signal.SIGKILL:
-                met = self.stage(program, runs.unfinished(workdir, data) - left)
+            met = self.stage(program, workdir)
+            (os.killpg if kill.to_all else os.kill)(program.pid, kill.number)
+            if kill.number == signal.SIGKILL:
+                program.is_over(wait=True)
+                met = self.stage(program, workdir)
         step = max((row["step"] for row in runs.rows(workdir)), default=0)
         status = program.wait()
         if status == 0:
-            assert not met or step > self.steps - LATE, f"{number.name} {moment} was sent at step {step} and ignored"
+            assert not met or step > self.steps - LATE, f"{kill} was sent at step {step} and ignored"
             self.tally.ended_before_the_signal += 1
             return status
-        assert status in ENDINGS[number], f"{number.name} {moment} ended the run with {status}: {program.err[-2000:]}"
-        self.tally.kills[number.name, moment, met] += 1
+        assert status in ENDINGS[kill.number], f"{kill} ended the run with {status}: {program.err[-2000:]}"
+        self.tally.kills[kill.number.name, kill.moment, met] += 1
         self.report()
         return status
 
-    def moment(self, workdir: pathlib.Path, data: pathlib.Path, moment: str) -> tuple[Callable[[], bool], float]:
-        """When it has come, and the seconds that are then waited."""
-        if moment == "any time":
-            return (lambda: True), self.random.uniform(0, 1.1 * self.seconds)
-        if moment == "in data generation":
-            count = self.random.randrange(1, 90)
-            return (lambda: len(list(data.glob("*/*.array_record-*"))) >= count), self.random.uniform(0, 0.02)
-        seen: set[str] = set()
-        count = self.random.randrange(1, 6)
-
-        def saving() -> bool:
-            seen.update(path.name for path in (workdir / "checkpoints").glob("*.orbax-checkpoint-tmp"))
-            return len(seen) >= count
-
-        return saving, self.random.uniform(0, 0.05)
-
-    def strike(self, program, number: signal.Signals) -> None:
-        if number == signal.SIGINT:
-            os.killpg(program.pid, number)
-        else:
-            os.kill(program.pid, number)
-        if number == signal.SIGKILL:
-            program.is_over(wait=True)
-
     @staticmethod
-    def stage(program, unfinished: set[pathlib.Path]) -> str:
-        """What the run is at, by what it has said and the files that it has not finished."""
-        if any("incomplete." in path.name for path in unfinished):
+    def stage(program: programs.Program, workdir: pathlib.Path) -> str:
+        """What the run is at, by what it has said and the saves that it has not finished."""
+        if "shards with" in program.err and "prepared in" not in program.err:
             return "generating data"
-        if any("orbax" in path.name for path in unfinished):
-            return "saving"
-        return "stepping" if "step " in program.out else "starting"
+        if not re.search(r"^(continuing from step|step) \d+", program.out, re.MULTILINE):
+            return "starting"
+        return "saving" if runs.unfinished_saves(workdir) else "stepping"
 
     def check(self, program, workdir: pathlib.Path, data: pathlib.Path, newest: int | None, status: int, *, killed: bool) -> None:
         """What must hold after every attempt, however it ended."""
@@ -180,6 +210,7 @@ class Campaign:
             assert same, "a record file differs from that of the uninterrupted run"
             if any(data.glob("*/dataset_info.json")):
                 assert written == self.records, "a data set is said to be complete and is not"
+                assert not runs.unfinished_shards(data), "something unfinished is left beside a complete data set"
                 shutil.rmtree(data)  # the next kill in data generation meets another
 
     def compare(self, workdir: pathlib.Path) -> None:
@@ -200,6 +231,7 @@ def report(folder: pathlib.Path, kills: int, seed: int, steps: int) -> dict[str,
     started = time.monotonic()
     campaign = Campaign(folder, seed, steps)
     tally = campaign.run(kills)
+    tally.check_moments()
     info = read_json(campaign.reference / "run.json")
     summary = {
         "command": f"python -m tests.faults --kills={kills} --seed={seed} --steps={steps}",

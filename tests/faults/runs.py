@@ -41,9 +41,19 @@ def committed(workdir: pathlib.Path) -> list[int]:
     return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal()) if folder.exists() else []
 
 
-def unfinished(workdir: pathlib.Path, data_dir: pathlib.Path) -> set[pathlib.Path]:
-    """Files and folders that are being written, or were when the run that wrote them was killed."""
-    return {*(workdir / "checkpoints").glob("*.orbax-checkpoint-tmp*"), *data_dir.glob("*/incomplete.*")}
+def unfinished_saves(workdir: pathlib.Path) -> set[pathlib.Path]:
+    """Checkpoints that are being written, or were when the run that wrote them was killed."""
+    return set((workdir / "checkpoints").glob("*.orbax-checkpoint-tmp*"))
+
+
+def unfinished_shards(data_dir: pathlib.Path) -> set[pathlib.Path]:
+    """The same of a data set's files."""
+    return set(data_dir.glob("*/incomplete.*"))
+
+
+def shards(data_dir: pathlib.Path) -> set[pathlib.Path]:
+    """The record files that have their final names."""
+    return set(data_dir.glob("*/*.array_record-*-of-*")) - unfinished_shards(data_dir)
 
 
 def partial_files(workdir: pathlib.Path) -> list[str]:
@@ -87,12 +97,11 @@ def _records(data_dir: pathlib.Path) -> dict[str, list]:
     from array_record.python.array_record_module import ArrayRecordReader
 
     found = {}
-    for path in data_dir.glob("*/*.array_record-*-of-*"):
-        if not path.name.startswith("incomplete."):
-            reader = ArrayRecordReader(str(path))
-            examples = [FEATURES.deserialize_example_np(record) for record in reader.read_all()]
-            found[path.name] = [[example["tokens"].tolist(), int(example["label"])] for example in examples]
-            reader.close()
+    for path in shards(data_dir):
+        reader = ArrayRecordReader(str(path))
+        examples = [FEATURES.deserialize_example_np(record) for record in reader.read_all()]
+        found[path.name] = [[example["tokens"].tolist(), int(example["label"])] for example in examples]
+        reader.close()
     return found
 
 

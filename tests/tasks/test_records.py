@@ -259,6 +259,21 @@ def test_interrupted_program_resumes(tmp_path, kill):
     assert sorted(made) == sorted(["train0", "train1", "train2", "valid0"] + ["train1"] * (kill == signal.SIGINT))
 
 
+def test_nothing_is_left_beside_a_complete_data_set_at_any_moment(tmp_path, monkeypatch):
+    publish = records._publish
+
+    def seen(temporary, final):
+        publish(temporary, final)
+        if records.is_prepared(tmp_path / "toy"):  # from here on no other call would remove anything
+            assert not list((tmp_path / "toy").glob("incomplete.*"))
+            seen.times = 1
+
+    seen.times = 0
+    monkeypatch.setattr(records, "_publish", seen)
+    records.prepare(tmp_path / "toy", features=FEATURES, shards={"train": 1}, generate=rows, workers=1)
+    assert seen.times == 1
+
+
 def test_two_programs_at_once(tmp_path):
     programs = [start(tmp_path, seconds=0.3), start(tmp_path, seconds=0.3)]
     said = [program.communicate(timeout=60)[1] for program in programs]
