@@ -12,10 +12,9 @@ from markupsafe import Markup
 from efficient_attn import workdir
 from efficient_attn.arguments import ConfigError
 from efficient_attn.config import differences
-from efficient_attn.reporting import costs, curves, page, plots, runs
+from efficient_attn.reporting import costs, curves, markdown, page, plots, runs
 from efficient_attn.reporting.plots import Line
 from efficient_attn.reporting.runs import Run, State
-from efficient_attn.reporting.text import markdown_table
 
 MISSING = "–"
 
@@ -35,7 +34,7 @@ def write(folders: Sequence[pathlib.Path], out: pathlib.Path) -> list[pathlib.Pa
             raise workdir.WorkdirError(f"{run.folder}: {run.why or 'it holds no run (no run.json)'}")
     names = distinct_names(folders)
     facts, config = facts_of(found), config_differences([run.config for run in found])
-    text = markdown(names, facts, config)
+    text = as_markdown(names, facts, config)
     print(text)
     html = page.environment().get_template("comparison.html")
     styles = {name: plots.style(i) for i, name in enumerate(names)}
@@ -102,11 +101,11 @@ def _value(config: runs.Config, field: str) -> Any:
     return node
 
 
-def markdown(names: Sequence[str], facts: dict[str, list[str]], config: dict[str, list[Any]]) -> str:
+def as_markdown(names: Sequence[str], facts: dict[str, list[str]], config: dict[str, list[Any]]) -> str:
     rows = [[name, *values] for name, values in facts.items()]
-    tables = [markdown_table(["", *names], rows)]
+    tables = [markdown.table(["", *names], rows)]
     if config:
-        tables.append(markdown_table(["config", *names], [[f"`{k}`", *map(str, values)] for k, values in config.items()]))
+        tables.append(markdown.table(["config", *names], [[f"`{k}`", *map(str, values)] for k, values in config.items()]))
     else:
         tables.append("The configurations are equal.")
     return "\n\n".join(tables) + "\n"

@@ -13,9 +13,8 @@ from typing import Any
 
 from efficient_attn import tables, workdir
 from efficient_attn.arguments import suggest
-from efficient_attn.reporting import lengths, summary, text
+from efficient_attn.reporting import lengths, markdown, summary
 from efficient_attn.reporting.runs import State
-from efficient_attn.reporting.text import markdown_table
 
 README = tables.ROOT / "README.md"
 RESULTS = tables.ROOT / "results/cpu"
@@ -110,7 +109,7 @@ def table(name: str, scale: str) -> str:
             )
     ran = [section.name for section in found.sections if any(figure.scores for figure in section)]
     return (
-        text.markdown(found, ran).rstrip()
+        markdown.render(found, ran).rstrip()
         if ran
         else f"Not run: `python sweep.py --config=configs/tables/{name}.py --scale={scale}`"
     )
@@ -119,7 +118,7 @@ def table(name: str, scale: str) -> str:
 def _pivot(found: Mapping[tuple[str, str], str], names: Mapping[str, str]) -> str:
     """Rows in the order of `names`, columns in the order in which they were found."""
     columns = list(dict.fromkeys(column for _, column in found))
-    return markdown_table(["", *columns], [[title, *(found.get((row, c), "") for c in columns)] for row, title in names.items()])
+    return markdown.table(["", *columns], [[title, *(found.get((row, c), "") for c in columns)] for row, title in names.items()])
 
 
 def _digits(value: float) -> str:

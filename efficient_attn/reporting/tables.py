@@ -6,7 +6,7 @@ from typing import Any
 
 from efficient_attn import tables, workdir
 from efficient_attn.arguments import ConfigError
-from efficient_attn.reporting import costs, page, summary, text
+from efficient_attn.reporting import costs, latex, markdown, page, records, summary
 from efficient_attn.reporting.runs import State
 from efficient_attn.sweeps.command import default_root
 
@@ -33,8 +33,8 @@ def write(
         measure_costs(found)
     name = f"{table.name}-{scale}" if scale else table.name
     texts = {
-        "md": f"# {table.title}\n\n{text.markdown(found)}", "tex": text.latex(found), "csv": text.as_csv(found),
-        "json": text.as_json(found), "html": page.render(found, costs.read(root), speeds()),
+        "md": f"# {table.title}\n\n{markdown.render(found)}", "tex": latex.render(found), "csv": records.as_csv(found),
+        "json": records.as_json(found), "html": page.render(found, costs.read(root), speeds()),
     }  # fmt: skip
     for suffix, content in texts.items():
         workdir.write_text(out / f"{name}.{suffix}", content)

@@ -12,7 +12,7 @@ import pytest
 from efficient_attn import workdir
 from efficient_attn.arguments import ConfigError
 from efficient_attn.config import normal_form
-from efficient_attn.reporting import orderings, summary, tables, text
+from efficient_attn.reporting import latex, markdown, orderings, records, summary, tables, text
 from efficient_attn.reporting.runs import State
 from efficient_attn.tables import ROOT, Cell
 from tests.reporting.fake_runs import TABLE, write_run, write_table
@@ -148,27 +148,27 @@ def test_an_unknown_scale_is_an_error(table, tmp_path):
 
 def test_every_text_says_the_same(table, tmp_path):
     found = summary.summarise(table, tmp_path / "runs", "cpu")
-    assert "| `softmax` | 80.0 ± 10.0 (99.0) | not run (98.5 ± 0.2) | – |" in text.markdown(found)
-    assert "| *chance* | 1.6 | 1.6 |  |" in text.markdown(found)
-    latex = text.latex(found)
-    assert r"softmax & 80.0 $\pm$ 10.0 (99.0) & not run (98.5 $\pm$ 0.2) & -- \\" in latex
-    assert latex.count(r"\begin{tabular}") == 1 and r"miniature \& more" in latex and "{lrrr}" in latex
-    lines = list(csv.DictReader(io.StringIO(text.as_csv(found))))
+    assert "| `softmax` | 80.0 ± 10.0 (99.0) | not run (98.5 ± 0.2) | – |" in markdown.render(found)
+    assert "| *chance* | 1.6 | 1.6 |  |" in markdown.render(found)
+    tex = latex.render(found)
+    assert r"softmax & 80.0 $\pm$ 10.0 (99.0) & not run (98.5 $\pm$ 0.2) & -- \\" in tex
+    assert tex.count(r"\begin{tabular}") == 1 and r"miniature \& more" in tex and "{lrrr}" in tex
+    lines = list(csv.DictReader(io.StringIO(records.as_csv(found))))
     assert (lines[0]["row"], lines[0]["column"], lines[0]["shown"]) == ("softmax", "L=64 d=32", "80.0 ± 10.0")
     assert float(lines[0]["mean"]) == pytest.approx(80) and lines[0]["seeds"] == "3" and lines[1]["status"] == "not run"
-    figure = json.loads(text.as_json(found))["figures"][0]
+    figure = json.loads(records.as_json(found))["figures"][0]
     assert figure["scores"] == pytest.approx([90, 80, 70]) and figure["runs"][0]["commit"] == "57d1e001a503965f"
     assert figure["runs"][0]["command"].startswith("python train.py") and figure["runs"][0]["versions"]["jax"] == "0.10.2"
 
 
 def test_the_best_of_a_column_is_bold_and_alone_it_is_not(table, tmp_path):
     found = summary.summarise(table, tmp_path / "runs", "cpu")
-    assert "**80.0" not in text.markdown(found)
+    assert "**80.0" not in markdown.render(found)
     for cell in table.cells["cpu"]:
         if cell.row != "softmax" and cell.column == "L=64 d=32":
             write_run(cell, tmp_path / "runs", 0.6)
     found = summary.summarise(table, tmp_path / "runs", "cpu")
-    assert "**80.0 ± 10.0**" in text.markdown(found) and r"\textbf{80.0 $\pm$ 10.0}" in text.latex(found)
+    assert "**80.0 ± 10.0**" in markdown.render(found) and r"\textbf{80.0 $\pm$ 10.0}" in latex.render(found)
 
 
 def test_five_hundred_runs_take_less_than_ten_seconds(tmp_path):
@@ -207,8 +207,8 @@ def test_orderings_are_tested_on_pairs_of_seeds(tmp_path):
     verdicts = orderings.judge(found)
     assert verdicts[1].differences == pytest.approx((20, 19, 21)) and verdicts[1].sd == pytest.approx(1.0)
     assert [v.says for v in verdicts] == ["does not show", "shows", "the other way round", "not run"]
-    assert "| narrow before wide | Nobody et al. 2020 | +20 ± 1 % | 3 | shows |" in text.markdown(found)
-    assert [entry["says"] for entry in json.loads(text.as_json(found))["orderings"]] == [v.says for v in verdicts]
+    assert "| narrow before wide | Nobody et al. 2020 | +20 ± 1 % | 3 | shows |" in markdown.render(found)
+    assert [entry["says"] for entry in json.loads(records.as_json(found))["orderings"]] == [v.says for v in verdicts]
     assert orderings.judge(summary.summarise(table, tmp_path / "runs", "paper")) == []
     with pytest.raises(ConfigError, match="which no run makes"):
         write_table(tmp_path, TABLE + ORDERED.replace('"short", "softmax", COLUMNS[1]', '"short", "softmax", "L=1"'))
