@@ -24,6 +24,11 @@ RECIPES = {
         "optimizer": dict(learning_rate=2e-4, schedule="constant"),
         "train": dict(duration=f"{50 * 8192} steps"),
     },
+    "softmax_xpos": {
+        "model": dict(depth=2, width=128, mixer=dict(name="softmax", num_heads=8, rotation=dict(name="xpos"))),
+        "optimizer": dict(learning_rate=2e-4, schedule="constant"),
+        "train": dict(duration=f"{50 * 8192} steps"),
+    },
     "softmax_absolute": {
         "model": dict(depth=2, width=128, positions=dict(name="learned"), mixer=dict(name="softmax", num_heads=8)),
         "optimizer": dict(learning_rate=2e-4, schedule="constant"),

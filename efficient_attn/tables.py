@@ -14,7 +14,7 @@ A table is a file `configs/tables/NAME.py` with a docstring (the papers, the com
 
 Only `sweep` is needed, as a grid of one's own has it: then the docstring's first line or the file's name is the title, the figure
 is the test accuracy, the only scale is "paper", each protocol that a cell names has the columns of its cells, and nothing is
-published. Rows and columns are strings. A row that is published and has no cell is a mechanism or a recipe that is not there.
+published. Rows and columns are strings. Of a published figure that no cell makes, the protocol says why (`Absent`).
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ import importlib.util
 import pathlib
 import re
 import types
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import ml_collections
@@ -31,6 +31,8 @@ from efficient_attn.arguments import ConfigError, suggest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 """The checkout: paths of configuration files are relative to it, and commands run in it."""
+
+_NUMBER = re.compile(r"-?\d+(\.\d+)?")
 
 Override = str | int | float | bool
 Place = tuple[str, str, str]
@@ -49,12 +51,33 @@ class Metric:
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-    """A figure as printed: in the metric's unit, or a word ("FAIL", "OOM"). source: paper and table. note: what differs in it."""
+    """A figure digit for digit as printed, in the metric's unit, or a word ("FAIL", "OOM"). std: its deviation, as printed too.
+    source: paper and table. note: what differs in it.
+    """
 
-    value: float | str
+    value: str
     source: str
-    std: float | None = None
+    std: str = ""
     note: str = ""
+
+    @property
+    def number(self) -> float | None:
+        """None for a word."""
+        return float(self.value) if _NUMBER.fullmatch(self.value) else None
+
+    @property
+    def decimals(self) -> int:
+        """How many are printed."""
+        return len(self.value.partition(".")[2])
+
+
+@dataclasses.dataclass(frozen=True)
+class Absent:
+    """Why nothing makes the figures of some rows and columns, by default of all that are published. word: what they say."""
+
+    why: str
+    of: tuple[str, ...] = ()
+    word: str = "no recipe"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +98,12 @@ class Protocol:
     floors: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
     beside: str = ""
     metric: Metric | None = None
+    absent: tuple[Absent, ...] = ()
+
+    def absence(self, row: str, column: str, *, published: bool) -> Absent | None:
+        """Why nothing makes this figure; None where nothing is published and no reason is given."""
+        named = (reason for reason in self.absent if {row, column} & {*reason.of} or (published and not reason.of))
+        return next(named, Absent("this table has no run of it") if published else None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,18 +245,19 @@ class Table:
 
 
 def published(
-    columns: Iterable[str], source: str, rows: Mapping[str, Iterable[Any]], note: str = ""
+    columns: Sequence[str], source: str, rows: Mapping[str, str], notes: Mapping[str, str] | None = None
 ) -> dict[str, dict[str, Published]]:
-    """Rows of printed figures: numbers, words, (number, standard deviation), a `Published`, or None where nothing is printed."""
+    """Rows of figures as printed, one for each column with blanks between: "71.40", "94.20±0.25", a word, or "-" for nothing.
+
+    notes: by column, of all rows. Raises `ConfigError` where a row has not a figure for each column.
+    """
     table: dict[str, dict[str, Published]] = {}
-    for row, values in rows.items():
-        table[row] = {}
-        for column, value in zip(columns, values, strict=True):
-            value, std = value if isinstance(value, tuple) else (value, None)
-            if isinstance(value, int | float | str):
-                value = Published(value if isinstance(value, str) else float(value), source, std, note)
-            if value is not None:
-                table[row][column] = value
+    for row, line in rows.items():
+        if len(cells := line.split()) != len(columns):
+            raise ConfigError(f"{source}: the row {row!r} has {len(cells)} figures for {len(columns)} columns")
+        printed = {column: cell.partition("±") for column, cell in zip(columns, cells) if cell != "-"}
+        about = notes or {}
+        table[row] = {c: Published(value, source, std, about.get(c, "")) for c, (value, _, std) in printed.items()}
     return table
 
 
@@ -302,6 +332,9 @@ def _check_protocol(table: Table, name: str, protocol: Protocol) -> None:
             raise ConfigError(
                 f"{where}: PUBLISHED has {row!r} at {unknown[0]!r}{suggest(unknown[0], protocol.columns)}: no column"
             )
+    known = {*protocol.columns, *table.rows(name)}
+    if unknown := [part for reason in protocol.absent for part in reason.of if part not in known]:
+        raise ConfigError(f"{where}: absent names {unknown[0]!r}{suggest(unknown[0], known)}, which is no row or column")
     if stray := set(table.published) - set(table.protocols):
         raise ConfigError(f"{table.path}: PUBLISHED has the protocols {sorted(stray)}, which PROTOCOLS has not")
 

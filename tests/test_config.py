@@ -15,7 +15,12 @@ from efficient_attn.plan import describe, make_plan
 
 ROOT = pathlib.Path(__file__).parents[1]
 FILES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if not path.stem.startswith(("__", "recipes")))
-RECIPES = [(name, recipe) for name in FILES for recipe in importlib.import_module(f"configs.{name}").RECIPES]
+MODULES = {name: importlib.import_module(f"configs.{name}") for name in FILES}
+RECIPES = [
+    pytest.param(name, recipe, marks=[pytest.mark.exhaustive] if recipe in getattr(module, "FAILED", {}) else [])
+    for name, module in MODULES.items()
+    for recipe in module.RECIPES
+]
 NEEDS_DATA_TO_COUNT = {"lm_text"}
 
 

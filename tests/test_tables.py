@@ -44,6 +44,24 @@ def test_measured_figures_have_rows_and_columns():
                 assert table.protocols[protocol].scale == scale and all(v > 0 for row in rows.values() for v in row.values())
 
 
+def test_what_nothing_makes_says_why():
+    """Every published figure has a run, a benchmark's figure or a reason of its own; every reason is one of some figure."""
+    for path in FILES:
+        table = tables.load(path)
+        for name, protocol in table.protocols.items():
+            made = {place for cells in table.cells.values() for cell in cells for place in cell.places}
+            measured = table.measured(protocol.scale).get(name, {})
+            given = {
+                (row, column): protocol.absence(row, column, published=column in table.published.get(name, {}).get(row, {}))
+                for row in table.rows(name)
+                for column in protocol.columns
+                if (name, row, column) not in made and column not in measured.get(row, {})
+            }
+            reasons = set(filter(None, given.values()))
+            assert reasons <= set(protocol.absent), (path.stem, name, [place for place, why in given.items() if why])
+            assert set(protocol.absent) <= reasons, (path.stem, name)
+
+
 AVERAGES = {
     "lra-original": {"transformer": 54.39, "local": 46.06, "sparse_transformer": 51.24, "longformer": 53.46, "linformer": 51.36,
                      "reformer": 50.67, "synthesizer": 52.88, "bigbird": 55.01, "linear_attention": 50.55, "performer": 51.41},
@@ -57,8 +75,8 @@ def test_published_rows_have_the_averages_that_papers_print(protocol):
     """The printed averages are not in the table: they tell if its figures are right, and over which tasks."""
     table = tables.load(tables.ROOT / "configs/tables/lra.py")
     for row, printed in AVERAGES[protocol].items():
-        figures = [table.published[protocol][row][column].value for column in table.protocols[protocol].average]
-        mean = sum(50.0 if figure == "FAIL" else figure for figure in figures) / len(figures)
+        figures = [table.published[protocol][row][column].number for column in table.protocols[protocol].average]
+        mean = sum(50.0 if figure is None else figure for figure in figures) / len(figures)
         assert mean == pytest.approx(printed, abs=0.0101), row
 
 
@@ -116,10 +134,11 @@ def test_wrong_overrides_are_one_line(override, message):
 
 GOOD = """
 '''A table.'''
+from efficient_attn import tables
 from efficient_attn.tables import Cell, Metric, Protocol, published
 TITLE, METRIC, SCALES = "t", Metric(), {"paper": "p"}
 PROTOCOLS = {"p": Protocol("P", ("a", "b"))}
-PUBLISHED = {"p": published(("a", "b"), "Paper, table 1", {"softmax": (1.0, None), "x": ("FAIL", (2.0, 0.1))})}
+PUBLISHED = {"p": published(("a", "b"), "Paper, table 1", {"softmax": "1.0 -", "x": "FAIL 2.00±0.1"})}
 def sweep(scale):
     return [Cell("configs/quickstart.py:softmax", "softmax", "a", "p")]
 """
@@ -135,10 +154,12 @@ def sweep(scale):
         ('"a", "p")]', '"a", "q")]', "protocol 'q'"),
         ('"a", "p")]', '"a", "p")] * 2', "would share the folder"),
         ('published(("a", "b")', 'published(("a", "bb")', "'bb'.*did you mean 'b'"),
+        ('"FAIL 2.00±0.1"', '"FAIL"', "'x' has 1 figures for 2 columns"),
         ('PUBLISHED = {"p"', 'PUBLISHED = {"r"', r"\['r'\]"),
         ('("a", "b"))}', '("a", "b"), average=("z",))}', "average or floors"),
         ('("a", "b"))}', '("a", "b"), scale="cpu")}', "scale 'cpu'"),
         ('("a", "b"))}', '("a", "b"), beside="o")}', "beside 'o'"),
+        ('("a", "b"))}', '("a", "b"), absent=(tables.Absent("why", ("y",)),))}', "absent names 'y'"),
     ],
 )
 def test_a_wrong_table_is_one_line(tmp_path, old, new, message):
@@ -166,7 +187,8 @@ def test_published_figures_keep_words_deviations_and_gaps(tmp_path):
     path = tmp_path / "table.py"
     path.write_text(GOOD)
     figures = tables.load(path).published["p"]
-    assert figures["softmax"]["a"].value == 1.0 and "b" not in figures["softmax"]
-    assert (figures["x"]["a"].value, figures["x"]["b"].std) == ("FAIL", 0.1)
+    assert figures["softmax"]["a"].number == 1.0 and "b" not in figures["softmax"]
+    word, figure = figures["x"]["a"], figures["x"]["b"]
+    assert (word.value, word.number, figure.value, figure.number, figure.std) == ("FAIL", None, "2.00", 2.0, "0.1")
     with pytest.raises(ConfigError, match="no configuration file"):
         tables.load(tmp_path / "tabel.py")

@@ -8,6 +8,7 @@ from efficient_attn.reporting.summary import Figure, Section, Summary
 ESCAPES = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "−": "$-$", "–": "--", "≥": r"$\ge$",
+    "†": r"$\dagger$", ">": "$>$",
 }  # fmt: skip
 
 
@@ -35,7 +36,8 @@ def _section(summary: Summary, section: Section) -> str:
     published = escape(" Published: " + "; ".join(text.sources(section)) + ".") if text.sources(section) else ""
     return "\n".join([
         r"\begin{table}", r"\centering", rf"\caption{{{caption}{published}}}", rf"\begin{{tabular}}{{l{'r' * len(head)}}}",
-        r"\toprule", *lines, r"\bottomrule", r"\end{tabular}", r"\end{table}",
+        r"\toprule", *lines, r"\bottomrule", r"\end{tabular}",
+        *(rf"\par\smallskip{{\footnotesize {escape(note)}\par}}" for note in text.notes(section)), r"\end{table}",
     ])  # fmt: skip
 
 

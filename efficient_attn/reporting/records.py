@@ -30,10 +30,12 @@ def records(summary: Summary) -> list[dict[str, Any]]:
 
 def _average_record(section: Section, row: str) -> dict[str, Any]:
     mean, published = section.average(row), section.published_average(row)
-    shown = {"column": text.AVERAGE, "shown": text.averages(section, row)[0], "mean": mean, "published": published}
-    difference = None if mean is None or published is None else mean - published
+    shown = {"column": text.AVERAGE, "shown": text.averages(section, row)[0], "mean": mean}
+    printed = {"published": published.value, "source": published.source} if published else {}
+    difference = None if mean is None or published is None else mean - published.number
+    shown["status"] = "of the figures of this row" if mean is not None else "a figure of this row is missing"
     about = {"scale": section.protocol.scale, "protocol": section.name, "row": row, "unit": section.metric.unit}
-    return dict.fromkeys(CSV_FIELDS) | about | shown | {"difference": difference}
+    return dict.fromkeys(CSV_FIELDS) | about | shown | printed | {"difference": difference}
 
 
 def _record(summary: Summary, section: Section, figure: Figure) -> dict[str, Any]:
@@ -41,13 +43,19 @@ def _record(summary: Summary, section: Section, figure: Figure) -> dict[str, Any
     return {
         "scale": section.protocol.scale, "protocol": section.name, "row": figure.row, "column": figure.column,
         "shown": text.ours(figure), "mean": figure.mean, "sd": figure.sd,
-        "seeds": len(figure.scores), "expected": figure.expected, "failed": figure.failed, "status": figure.status or ("finished" if figure.mean is not None else ""),
+        "seeds": len(figure.scores), "expected": figure.expected, "failed": figure.failed,
+        "status": figure.status or ("finished" if figure.mean is not None else "not published"),
         "choice": figure.chosen.choice if figure.chosen else "", "unit": figure.metric.unit,
         "published": published.value if published else None, "published_sd": published.std if published else None,
         "difference": figure.difference, "source": published.source if published else "",
         "beside": beside.value if beside else None, "beside_source": beside.source if beside else "",
-        "notes": "; ".join(figure.notes), "command": "\n".join(text.commands(figure, summary.command_root)),
+        "notes": "; ".join(figure.notes), "command": _command(summary, section, figure),
     }  # fmt: skip
+
+
+def _command(summary: Summary, section: Section, figure: Figure) -> str:
+    """A line for each run of the figure; the benchmark's where no run makes it."""
+    return "\n".join(text.commands(figure, summary.command_root)) or section.measured_by
 
 
 def as_csv(summary: Summary) -> str:

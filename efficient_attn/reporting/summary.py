@@ -19,7 +19,7 @@ from efficient_attn.arguments import ConfigError, suggest
 from efficient_attn.config import normal_form
 from efficient_attn.reporting import runs
 from efficient_attn.reporting.runs import Run, State
-from efficient_attn.tables import ROOT, Cell, Metric, Place, Protocol, Published, Table
+from efficient_attn.tables import ROOT, Absent, Cell, Metric, Place, Protocol, Published, Table
 
 Member = tuple[Cell, Run]
 
@@ -55,7 +55,7 @@ class Candidate:
 class Figure:
     """One cell of a section. published: as printed under this protocol; beside: under the one it stands beside.
 
-    measured: a benchmark's figure, where there are no runs.
+    measured: a benchmark's figure, where there are no runs. absent: why there is neither.
     """
 
     row: str
@@ -65,6 +65,7 @@ class Figure:
     published: Published | None = None
     beside: Published | None = None
     measured: float | None = None
+    absent: Absent | None = None
 
     @property
     def chosen(self) -> Candidate | None:
@@ -98,15 +99,16 @@ class Figure:
     @property
     def difference(self) -> float | None:
         """Ours minus published; only where both are numbers of one protocol."""
-        if self.mean is None or self.published is None or isinstance(self.published.value, str):
-            return None
-        return self.mean - self.published.value
+        printed = self.published.number if self.published else None
+        return None if self.mean is None or printed is None else self.mean - printed
 
     @property
     def status(self) -> str:
-        """A word why there is no figure; empty where there is one, and where none was ever to be."""
-        if self.mean is not None or not self.candidates:
+        """A word why there is no figure; empty where there is one, and where none is published or made."""
+        if self.mean is not None:
             return ""
+        if not self.candidates:
+            return self.absent.word if self.absent else ""
         states = sum((candidate.states for candidate in self.candidates), collections.Counter())
         if len(states) == 1:
             return str(next(iter(states)))
@@ -115,7 +117,7 @@ class Figure:
     @property
     def notes(self) -> list[str]:
         """What a reader of the figure must know: seeds that are missing and why, how it was chosen."""
-        notes = []
+        notes = [self.absent.why] if self.absent else []
         if self.chosen and len(self.scores) < self.expected:
             unfinished = [run for _, run in self.chosen.members if run.state != State.FINISHED]
             lost = sorted({f"{run.state} ({run.why})" if run.why else str(run.state) for run in unfinished})
@@ -127,14 +129,22 @@ class Figure:
         return notes
 
 
+FORMED = "formed here from the published figures beside it"
+"""The source of averages that are not those which papers print."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """The figures of one protocol. figures: row -> column -> figure, every column of the protocol in every row."""
+    """The figures of one protocol. figures: row -> column -> figure, every column of the protocol in every row.
+
+    measured_by: the command of the benchmark that makes ours; empty where runs do.
+    """
 
     name: str
     protocol: Protocol
     metric: Metric
     figures: Mapping[str, Mapping[str, Figure]]
+    measured_by: str = ""
 
     def __iter__(self) -> Iterator[Figure]:
         return (figure for row in self.figures.values() for figure in row.values())
@@ -149,11 +159,13 @@ class Section:
         means = [self.figures[row][column].mean for column in self.protocol.average]
         return statistics.fmean(means) if means and None not in means else None
 
-    def published_average(self, row: str) -> float | None:
-        """The same of the published figures; none where one is missing or a word."""
-        cells = [self.figures[row][column].published for column in self.protocol.average]
-        numbers = [cell.value for cell in cells if cell is not None and not isinstance(cell.value, str)]
-        return statistics.fmean(numbers) if cells and len(numbers) == len(cells) else None
+    def published_average(self, row: str) -> Published | None:
+        """The same of the published figures, with as many decimals; none where one is missing or a word."""
+        cells = [cell for column in self.protocol.average if (cell := self.figures[row][column].published)]
+        numbers = [cell.number for cell in cells]
+        if not numbers or None in numbers or len(numbers) < len(self.protocol.average):
+            return None
+        return Published(f"{statistics.fmean(numbers):.{max(cell.decimals for cell in cells)}f}", FORMED)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -255,11 +267,13 @@ def _section(table: Table, name: str, members: Sequence[Member]) -> Section:
     has_own = published.keys() | measured.keys() | {row for protocol, row, _ in places if protocol == name}
     for row in (row for row in table.rows(name) if row in has_own):
         for column in protocol.columns:
+            printed, ours = published.get(row, {}).get(column), measured.get(row, {}).get(column)
+            candidates = _candidates(places.get((name, row, column), ()), (name, row, column), metric)
+            nothing = None if candidates or ours is not None else protocol.absence(row, column, published=printed is not None)
             figures.setdefault(row, {})[column] = Figure(
-                row, column, metric, _candidates(places.get((name, row, column), ()), (name, row, column), metric),
-                published.get(row, {}).get(column), beside.get(row, {}).get(column), measured.get(row, {}).get(column),
-            )  # fmt: skip
-    return Section(name, protocol, metric, figures)
+                row, column, metric, candidates, printed, beside.get(row, {}).get(column), ours, nothing
+            )
+    return Section(name, protocol, metric, figures, table.measured_by if measured else "")
 
 
 def _candidates(members: Sequence[Member], place: Place, metric: Metric) -> tuple[Candidate, ...]:

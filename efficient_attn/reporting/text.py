@@ -6,11 +6,12 @@ import shlex
 from efficient_attn.reporting import orderings
 from efficient_attn.reporting.orderings import Verdict
 from efficient_attn.reporting.runs import Run
-from efficient_attn.reporting.summary import Figure, Section
+from efficient_attn.reporting.summary import FORMED, Figure, Section
 from efficient_attn.tables import Cell, Metric, Published
 
 NOTHING = "–"
 AVERAGE = "Average"
+FORMED_MARK = "†"
 
 
 def number(value: float, metric: Metric) -> str:
@@ -24,7 +25,9 @@ def signed(value: float, metric: Metric) -> str:
 
 def printed(published: Published) -> str:
     """A published figure, digit for digit as the table has it."""
-    return f"{published.value} ± {published.std}" if published.std is not None else str(published.value)
+    return (
+        published.value + (f" ± {published.std}" if published.std else "") + (FORMED_MARK if published.source == FORMED else "")
+    )
 
 
 def ours(figure: Figure) -> str:
@@ -61,12 +64,25 @@ def sources(section: Section) -> list[str]:
 
 def notes(section: Section) -> list[str]:
     """What figures must be read with, each note once with all the figures it is of; those of published figures by row."""
-    of_ours = [(note, f"{figure.row} {figure.column}") for figure in section for note in figure.notes]
+    of_ours = [(note, f"{figure.row} {figure.column}") for figure in section if not figure.absent for note in figure.notes]
     printed = [(figure.row, cell.note) for figure in section if (cell := figure.published or figure.beside) and cell.note]
     found: dict[str, dict[str, None]] = {}
     for note, of in of_ours + [(f"{note} (published)", row) for row, note in printed]:
         found.setdefault(note, {})[of] = None
-    return [f"{', '.join(of)}: {note}" for note, of in found.items()]
+    return [*(f"{', '.join(of)}: {note}" for note, of in found.items()), *_signs(section)]
+
+
+def _signs(section: Section) -> list[str]:
+    """What the words and signs in the table mean, each reason why nothing makes a figure once."""
+    reasons = dict.fromkeys(figure.absent for figure in section if figure.absent)
+    found = [f"{reason.word}{' (' + ', '.join(reason.of) + ')' if reason.of else ''}: {reason.why}" for reason in reasons]
+    if any(ours(figure) == NOTHING for figure in section):
+        found.append(f"{NOTHING}: nothing is published, and nothing here makes it")
+    if section.protocol.average and any(section.average(row) is None for row in section.figures):
+        found.append(f"{NOTHING} under {AVERAGE}: one of its figures is missing")
+    if any(section.published_average(row) for row in section.figures):
+        found.append(f"{FORMED_MARK}: {FORMED}")
+    return found
 
 
 def paste(cell: Cell, root: pathlib.Path) -> str:
@@ -99,7 +115,7 @@ def caption(section: Section) -> str:
         parts.append("In brackets: published, in this protocol.")
     elif any(figure.beside for figure in section):
         parts.append("In brackets: published, in another protocol; no difference is formed.")
-    return " ".join(parts + _spread(section))
+    return " ".join(parts + _spread(section) + _measured(section))
 
 
 def legend(section: Section) -> str:
@@ -112,13 +128,17 @@ def legend(section: Section) -> str:
         parts.append("Below: the published figure, and ours minus it.")
     if any(figure.beside for figure in section):
         parts.append("In brackets and italics: published, but in another protocol, so that no difference is formed.")
-    if any(figure.status for figure in section):
-        parts.append("A word leads to the command that makes the figure.")
-    return " ".join(parts + _spread(section))
+    if any(figure.status and figure.candidates for figure in section):
+        parts.append("An underlined word leads to the command that makes the figure.")
+    return " ".join(parts + _spread(section) + _measured(section))
 
 
 def _spread(section: Section) -> list[str]:
     return ["± is the standard deviation over seeds."] if any(figure.sd is not None for figure in section) else []
+
+
+def _measured(section: Section) -> list[str]:
+    return [f"Measured by: {section.measured_by}"] if section.measured_by else []
 
 
 def values(run: Run, metric: Metric, prefix: str) -> str:
@@ -140,7 +160,7 @@ def beside(figure: Figure) -> str:
 def averages(section: Section, row: str) -> tuple[str, str]:
     mean, published = section.average(row), section.published_average(row)
     shown = number(mean, section.metric) if mean is not None else NOTHING
-    return shown, number(published, section.metric) if published is not None else ""
+    return shown, printed(published) if published else ""
 
 
 ORDERING_HEAD = ("published", "source", "ours: difference", "seeds", "")

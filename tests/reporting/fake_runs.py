@@ -27,7 +27,7 @@ PROTOCOLS = {
     ),
 }
 PUBLISHED = {
-    "paper": published(COLUMNS, "Nobody et al. 2020, table 1", {"softmax": (99.0, (98.5, 0.2)), "<b>s5</b>": ("FAIL", 36.4)})
+    "paper": published(COLUMNS, "Nobody et al. 2020, table 1", {"softmax": "99.0 98.50±0.20", "<b>s5</b>": "FAIL 36.4"})
 }
 ROWS = {"softmax": "softmax", "<b>s5</b>": "identity"}
 
