@@ -66,7 +66,7 @@ class Run:
 
     def values(self, key: str) -> list[float]:
         """An entry of eval.json, such as "test_accuracy", for each seed that has a finite one."""
-        return [value for value in by_seed(self.score, key) if _is_finite(value)]
+        return [value for value in by_seed(self.score, key) if is_finite(value)]
 
     @property
     def step(self) -> int:
@@ -78,7 +78,7 @@ class Run:
         found: dict[int, list[tuple[int, float]]] = {}
         for row in self.rows:
             for i, value in enumerate(by_seed(row, key)):
-                if _is_finite(value):
+                if is_finite(value):
                     found.setdefault(i, []).append((row["step"], value))
         return list(found.values())
 
@@ -93,9 +93,9 @@ def read(folder: pathlib.Path, expected: Config | None = None) -> Run:
     try:
         info = workdir.read_json(folder / "run.json")
         rows = workdir.MetricsFile(folder / "metrics.jsonl").read()
-        score = _read_if_there(folder / "eval.json", {})
-        lengths = _read_if_there(folder / "lengths.json", {"rows": []})["rows"]
-        analyses = {path.stem: workdir.read_json(path)["rows"] for path in sorted(folder.glob("analysis/*.json"))}
+        score = workdir.read_json(folder / "eval.json") if (folder / "eval.json").exists() else {}
+        lengths = _rows(folder / "lengths.json") if (folder / "lengths.json").exists() else []
+        analyses = {path.stem: _rows(path) for path in sorted(folder.glob("analysis/*.json"))}
         run = Run(folder, State.FINISHED, "", info, rows, score, lengths, analyses)
         state, why = _judge(run, tasks.TASKS[info["config"]["task"]["name"]], expected)
     except (FileNotFoundError, NotADirectoryError):
@@ -105,7 +105,7 @@ def read(folder: pathlib.Path, expected: Config | None = None) -> Run:
     except OSError as error:
         return Run(folder, State.DAMAGED, f"cannot read {error.filename}: {error.strerror}")
     except (KeyError, TypeError, AttributeError, ValueError) as error:  # JSON, but of another shape than a run writes
-        return Run(folder, State.DAMAGED, f"its files are not those of a run: {type(error).__name__} {error}")
+        return Run(folder, State.DAMAGED, f"run.json or eval.json is not a run's: {type(error).__name__} {error}")
     return dataclasses.replace(run, state=state, why=why)
 
 
@@ -127,7 +127,7 @@ def _judge(run: Run, task: type[tasks.Task], expected: Config | None) -> tuple[S
     scores = by_seed(run.score, f"test_{task.metric}")
     if wrong := _not_scores(scores, run.config["train"].get("replicas", 1), task.metric):
         return State.DAMAGED, f"eval.json: {wrong}"
-    if not any(map(_is_finite, scores)):
+    if not any(map(is_finite, scores)):
         return State.FAILED, f"the test {task.metric} is {run.score.get(f'test_{task.metric}')}"
     return State.FINISHED, ""
 
@@ -169,14 +169,19 @@ def is_over(run: Run, task: type[tasks.Task]) -> bool:
     train = TrainConfig(**{name: value for name, value in run.config["train"].items() if name in known})
     progress = Progress()
     for row in run.rows:
-        if (values := by_seed(row, f"valid_{task.metric}")) and all(map(_is_finite, values)):
+        if (values := by_seed(row, f"valid_{task.metric}")) and all(map(is_finite, values)):
             progress.note_evaluation(row["step"], values, task.metric_mode)
     return bool(progress.why_finished(task, train))
 
 
-def _read_if_there(path: pathlib.Path, otherwise: Any) -> Any:
-    return workdir.read_json(path) if path.exists() else otherwise
+def _rows(path: pathlib.Path) -> list[Mapping[str, Any]]:
+    """The rows of scores at other lengths or of an analysis. Raises `WorkdirError` where the file has none."""
+    content = workdir.read_json(path)
+    rows = content.get("rows") if isinstance(content, dict) else None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise workdir.WorkdirError(f"{path} has no rows of figures: it was edited or damaged")
+    return rows
 
 
-def _is_finite(value: Any) -> bool:
+def is_finite(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)

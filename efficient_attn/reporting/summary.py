@@ -26,12 +26,16 @@ Member = tuple[Cell, Run]
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """The runs of one choice for a figure. scores, validation: of the seeds that finished, scores in the metric's unit."""
+    """The runs of one choice for a figure. scores, validation: of the seeds that finished, scores in the metric's unit.
+
+    diverged: how many seeds finished with a score that is not finite.
+    """
 
     choice: str
     members: tuple[Member, ...]
     scores: tuple[float, ...]
     validation: tuple[float, ...]
+    diverged: int = 0
 
     @property
     def expected(self) -> int:
@@ -39,11 +43,25 @@ class Candidate:
 
     @property
     def states(self) -> collections.Counter:
-        """How many seeds are at each state; of a finished run those that have no score failed."""
+        """How many seeds are at each state; of a finished run those that diverged failed, and others may not be scored here."""
         counts = _states(self.members)
-        counts[State.FAILED] += counts[State.FINISHED] - len(self.scores)
+        counts[State.FAILED] += self.diverged
+        counts[State.NOT_SCORED] += self.unscored
         counts[State.FINISHED] = len(self.scores)
         return +counts
+
+    @property
+    def unscored(self) -> int:
+        """How many seeds of finished runs have no score in this place."""
+        return _states(self.members)[State.FINISHED] - len(self.scores) - self.diverged
+
+    @property
+    def lost(self) -> list[str]:
+        """Why seeds of the figure are missing, each reason once."""
+        unfinished = [run for _, run in self.members if run.state != State.FINISHED]
+        reasons = {f"{run.state} ({run.why})" if run.why else str(run.state) for run in unfinished}
+        counts = {"diverged": self.diverged, "not scored": self.unscored}
+        return sorted(reasons) + [f"{n} {what}" for what, n in counts.items() if n]
 
     def rank(self, metric: Metric) -> tuple[int, float]:
         """Larger is better: first that no seed is missing, then the mean validation metric."""
@@ -119,9 +137,7 @@ class Figure:
         """What a reader of the figure must know: seeds that are missing and why, how it was chosen."""
         notes = [self.absent.why] if self.absent else []
         if self.chosen and len(self.scores) < self.expected:
-            unfinished = [run for _, run in self.chosen.members if run.state != State.FINISHED]
-            lost = sorted({f"{run.state} ({run.why})" if run.why else str(run.state) for run in unfinished})
-            notes.append(f"{len(self.scores)} of {self.expected} seeds: {'; '.join(lost) or 'the others diverged'}")
+            notes.append(f"{len(self.scores)} of {self.expected} seeds: {'; '.join(self.chosen.lost)}")
         if self.chosen and len(self.candidates) > 1:
             unfinished = sum(len(c.scores) < c.expected for c in self.candidates)
             missing = f", {unfinished} of them not finished" if unfinished else ""
@@ -284,9 +300,10 @@ def _candidates(members: Sequence[Member], place: Place, metric: Metric) -> tupl
     for choice, chosen in by_choice.items():
         _check_alike([cell for cell, _ in chosen])
         finished = [(cell, run) for cell, run in chosen if run.state == State.FINISHED]
-        scores = [x for cell, run in finished for x in _scores(cell, run, place, metric)]
+        found_scores = [x for cell, run in finished for x in _scores(cell, run, place, metric)]
+        scores = [metric.scale * x for x in found_scores if runs.is_finite(x)]
         validation = [x for _, run in finished for x in run.values(metric.key.replace("test_", "valid_"))]
-        found.append(Candidate(choice, tuple(chosen), tuple(scores), tuple(validation)))
+        found.append(Candidate(choice, tuple(chosen), tuple(scores), tuple(validation), len(found_scores) - len(scores)))
     return tuple(found)
 
 
@@ -299,15 +316,16 @@ def _check_alike(cells: Sequence[Cell]) -> None:
         )
 
 
-def _scores(cell: Cell, run: Run, place: Place, metric: Metric) -> list[float]:
-    """The figures of a run's seeds in one place: what an analysis says, its own score, or that at another length."""
+def _scores(cell: Cell, run: Run, place: Place, metric: Metric) -> list[Any]:
+    """Of a run's seeds in one place, as far as they are scored: what an analysis says, their own score or one at another length.
+
+    None stands for a score that is not finite.
+    """
     column = place[-1]
     if finding := cell.findings.get(place):
-        rows = [row for row in run.analyses.get(finding.analysis, ()) if finding.where.items() <= row.items()]
-        values = [row[finding.key] for row in rows if row[finding.key] is not None]
+        key, where, rows = finding.key, finding.where, run.analyses.get(finding.analysis, ())
     elif column == cell.column:
-        values = run.values(metric.key)
+        return runs.by_seed(run.score, metric.key)
     else:
-        key, length = metric.key.removeprefix("test_"), cell.lengths[column]
-        values = [row[key] for row in run.lengths if row["length"] == length and row.get(key) is not None]
-    return [metric.scale * value for value in values]
+        key, where, rows = metric.key.removeprefix("test_"), {"length": cell.lengths[column]}, run.lengths
+    return [row[key] for row in rows if key in row and where.items() <= row.items()]

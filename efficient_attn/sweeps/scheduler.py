@@ -79,6 +79,9 @@ class Scheduler:
                 self.again[job] += 1
                 if self.again[job] > self.retries:
                     outcome = Outcome(State.FAILED, outcome.status, f"{outcome.reason}; started {self.again[job]} times")
+                else:
+                    again = f"started again, {self.again[job]} of {self.retries}"
+                    self.view.say(f"{outcome.state:9} {job.title}  {outcome.reason}; {again}")
             self.ledger.ended(job, outcome)
             if outcome.state == State.PREEMPTED:
                 self.waiting.append(job)

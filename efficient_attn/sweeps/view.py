@@ -73,6 +73,8 @@ def line(job: Job, record: Record, at: Progress) -> str:
     told = [f"{record.state:9} {job.title}", *(_cells(at) if record.state in (State.RUNNING, State.DONE) else ())]
     if record.state in (State.FAILED, State.PREEMPTED, State.ELSEWHERE):
         told.append(record.reason)
+    if record.attempts > 1:
+        told.append(f"started {record.attempts} times")
     return "  ".join(filter(None, told))
 
 

@@ -55,19 +55,27 @@ def other_width(folder):
     edit(folder / "run.json", config=config)
 
 
+def analysis(folder, content):
+    (folder / "analysis").mkdir()
+    (folder / "analysis/windows.json").write_text(content)
+
+
 DAMAGE = {
     "deleted": (lambda folder: (folder / "run.json").unlink(), State.NOT_RUN, ""),
     "metrics cut": (cut, State.UNFINISHED, "step 40 of 100"),
     "metrics deleted": (lambda folder: (folder / "metrics.jsonl").unlink(), State.UNFINISHED, "step 0 of 100"),
     "metrics damaged": (lambda f: (f / "metrics.jsonl").write_text("{}\n"), State.DAMAGED, "metrics.jsonl line 1"),
     "run.json torn": (tear, State.DAMAGED, "run.json is not JSON"),
-    "run.json of something else": (lambda f: (f / "run.json").write_text("[]"), State.DAMAGED, "not those of a run"),
+    "run.json of something else": (lambda f: (f / "run.json").write_text("[]"), State.DAMAGED, "is not a run's"),
     "not scored": (lambda folder: (folder / "eval.json").unlink(), State.NOT_SCORED, "eval.py --workdir="),
     "score torn": (lambda f: (f / "eval.json").write_text("{"), State.DAMAGED, "eval.json is not JSON"),
     "score of another step": (lambda f: edit(f / "eval.json", step=95), State.DAMAGED, "step 95"),
     "score of other data": (lambda f: edit(f / "eval.json", data="x"), State.DAMAGED, "the data x"),
-    "score of another shape": (lambda f: (f / "eval.json").write_text("[1, 2]"), State.DAMAGED, "not those of a run"),
-    "score of no step": (lambda f: edit(f / "eval.json", step=[1]), State.DAMAGED, "not those of a run"),
+    "score of another shape": (lambda f: (f / "eval.json").write_text("[1, 2]"), State.DAMAGED, "is not a run's"),
+    "score of no step": (lambda f: edit(f / "eval.json", step=[1]), State.DAMAGED, "is not a run's"),
+    "lengths of another shape": (lambda f: (f / "lengths.json").write_text("[]"), State.DAMAGED, "lengths.json has no rows"),
+    "analysis torn": (lambda f: analysis(f, "{"), State.DAMAGED, "windows.json is not JSON"),
+    "analysis of another shape": (lambda f: analysis(f, '{"rows": [1]}'), State.DAMAGED, "windows.json has no rows"),
     "more scores than seeds": (
         lambda f: edit(f / "eval.json", test_accuracy_by_seed=[0.5, 0.5]),
         State.DAMAGED,
@@ -76,7 +84,7 @@ DAMAGE = {
     "scores that are one": (lambda f: edit(f / "eval.json", test_accuracy_by_seed=0.5), State.DAMAGED, ""),
     "score that is none": (lambda f: edit(f / "eval.json", test_accuracy=True), State.DAMAGED, "True is no accuracy"),
     "score out of range": (lambda f: edit(f / "eval.json", test_accuracy=7.0), State.DAMAGED, "7.0 is no accuracy"),
-    "steps that are no number": (lambda f: edit(f / "run.json", steps="x"), State.DAMAGED, "not those of a run"),
+    "steps that are no number": (lambda f: edit(f / "run.json", steps="x"), State.DAMAGED, "is not a run's"),
     "score not finite": (lambda f: edit(f / "eval.json", test_accuracy=None), State.FAILED, "accuracy is None"),
     "another protocol": (other_width, State.OTHER_PROTOCOL, "model.width is 48, here 32"),
     "a file in its place": (lambda f: (f.rename(f"{f}-x"), f.write_text("")), State.NOT_RUN, ""),

@@ -129,11 +129,23 @@ def test_other_lengths_of_the_same_runs_are_columns(tmp_path):
     cell = dataclasses.replace(table.cells["cpu"][0], lengths={"L=64 d=64": 128})
     table = dataclasses.replace(table, cells={"cpu": (cell,), "paper": ()})
     folder = write_run(cell, tmp_path / "runs", 0.9)
-    assert not summary.summarise(table, tmp_path / "runs", "cpu").sections[0].figures["softmax"]["L=64 d=64"].scores
+    unscored = summary.summarise(table, tmp_path / "runs", "cpu").sections[0].figures["softmax"]["L=64 d=64"]
+    assert (unscored.status, unscored.failed) == ("not scored", 0)
     rows = [{"length": n, "accuracy": a, "seed": 0} for n, a in ((64, 0.9), (128, 0.4))]
     workdir.write_json(folder / "lengths.json", {"rows": rows})
     figures = summary.summarise(table, tmp_path / "runs", "cpu").sections[0].figures["softmax"]
     assert figures["L=64 d=32"].mean == pytest.approx(90) and figures["L=64 d=64"].mean == pytest.approx(40)
+
+
+def test_seeds_that_diverged_and_seeds_that_are_not_scored_are_told_apart(tmp_path):
+    table = write_table(tmp_path)
+    cell = dataclasses.replace(table.cells["cpu"][0], replicas=4, lengths={"L=64 d=64": 128})
+    table = dataclasses.replace(table, cells={"cpu": (cell,), "paper": ()})
+    rows = [{"length": 128, "accuracy": a, "seed": i} for i, a in enumerate((0.4, None, 0.6))]
+    workdir.write_json(write_run(cell, tmp_path / "runs", 0.9) / "lengths.json", {"rows": rows})
+    figure = summary.summarise(table, tmp_path / "runs", "cpu").sections[0].figures["softmax"]["L=64 d=64"]
+    assert (figure.mean, figure.failed) == (pytest.approx(50), 1) and text.seeds(figure) == "n = 2 of 4, 1 failed"
+    assert figure.notes == ["2 of 4 seeds: 1 diverged; 1 not scored"]
 
 
 def test_the_expected_configuration_is_the_cells_own():

@@ -58,12 +58,14 @@ def test_twelve_runs_two_killed_and_one_that_must_fail(tmp_path, capsys):
     assert [i for i, (a, b) in enumerate(zip(before, logs(jobs))) if a != b] == [7]
 
 
-def test_a_run_that_is_killed_too_often_fails(tmp_path):
+def test_a_run_that_is_killed_too_often_fails(tmp_path, capsys):
     job = quick_job(tmp_path, "run", "--steps=5", "--kill-at=1,2,3,4")
     assert not sweep(tmp_path, [job], retries=2)
     record = records(tmp_path)["run"]
     assert record["state"] == "failed" and record["attempts"] == 3
     assert record["reason"] == "killed by SIGKILL (out of memory?); started 3 times"
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("preempted run")]
+    assert [line.split("; ")[1] for line in told] == ["started again, 1 of 2", "started again, 2 of 2"]
     assert sweep(tmp_path, [job], retries=2, retry_failed=True) and steps(job.folder) == [1, 2, 3, 4, 5]
 
 
