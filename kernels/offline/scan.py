@@ -152,7 +152,7 @@ def problems(rows: list[dict]) -> list[str]:
             found.append(f"{name}: spills {row['spilled_bytes']} bytes")
         if row.get("shared_bytes", 0) > SHARED_BYTES:
             found.append(f"{name}: {row['shared_bytes']} bytes of shared memory, of {SHARED_BYTES}")
-        is_fused = row["implementation"] == "portable" and row["states"] <= 16 and row["options"] != "bare"
+        is_fused = not row["name"].startswith("linear") and row["states"] <= 16 and row["options"] != "bare"
         if is_fused and row["ratio"] > MOST_BYTES:
             found.append(f"{name}: moves {row['ratio']} times the ideal, more than {MOST_BYTES}")
     return found

@@ -16,7 +16,7 @@ from kernels.scan import selective_blocks
 from kernels.scan.selective_blocks import Blocks, Gradients, Passes, Plan
 from kernels.scan.selective_reference import Inputs, State
 
-BLOCKS = {16: Blocks(32, 16, 16, 16, 8), 64: Blocks(8, 8, 8, 8, 8)}
+BLOCKS = {16: Blocks(64, 8, 8, 8, 8), 64: Blocks(8, 8, 8, 8, 8)}
 """For each number of states (the next one up is used), the blocks to start from on an H200; not measured. A chunk is one span."""
 
 

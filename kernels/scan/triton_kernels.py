@@ -192,14 +192,16 @@ def backward(
         h = tl.load(kept + ((b * (STEPS // T) + chunk) * G + g) * N * F + tile)
         a = _decays(dt, rates, keep, at, KEEP)
         all_states, written = _states(h, a, B_t, dt * u_t)
+        kept_on = all_states - written  # p_t = a_t h_{t-1}
+        first_decay = _row(a, 0, T)
         dout = _through_gate(dy, z, dz, all_states, C_t, skip[None, :] * u_t, in_time, HAS_Z)
         tl.store(dC_parts + of_block, tl.sum(all_states * dout[:, None, :], axis=2))
         totals = _adjoint(
             adjoint, delta, bias, keep, rates, C_t, dout, times, g, b, cols, L, STEPS, G, F, T, SOFTPLUS, REVERSE, BIAS, KEEP
         )
-        adjoint = _row(a * totals, 0, T)
+        adjoint = first_decay * _row(totals, 0, T)
         tl.store(dB_parts + of_block, tl.sum(totals * (dt * u_t)[:, None, :], axis=2))
-        both = totals * (all_states - written)  # lambda_t p_t
+        both = totals * kept_on
         dx = tl.sum(B_t[:, :, None] * totals, axis=1)
         draw = tl.sum(rates[None, :, :] * both, axis=1) + dx * u_t
         draw = tl.where((times < L)[:, None], draw * _sigmoid(raw) if SOFTPLUS else draw, 0.0)

@@ -105,8 +105,7 @@ def test_on_a_gpu_it_is_the_reference():
         np.testing.assert_allclose(ours[name], expected[name], rtol=0, atol=1e-5 * scale, err_msg=name)
 
 
-def test_the_parts_weigh_more_than_pallas():
-    """What the report says of the two forms: Triton's tiles are of fewer channels."""
-    ours, pallas = (offline_scan.Kernel("backward", "bfloat16", 16, "all", home) for home in ("triton", "portable"))
-    ratios = [offline_scan.report(kernel, compiled=False)["ratio"] for kernel in (pallas, ours)]
-    assert ratios[0] < offline_scan.MOST_BYTES < ratios[1] < 1.6
+def test_bytes_are_within_the_bound_that_holds_for_pallas():
+    kernels = [offline_scan.Kernel(name, "bfloat16", 16, "all", "triton") for name in ("forward", "backward")]
+    rows = [offline_scan.report(kernel, compiled=False) for kernel in kernels]
+    assert not offline_scan.problems(rows) and all(row["ratio"] > 1 for row in rows)
