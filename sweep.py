@@ -28,8 +28,7 @@ def main() -> None:
     from efficient_attn.sweeps import command
 
     path = pathlib.Path(CONFIG.value)
-    root = pathlib.Path(ROOT.value) if ROOT.value else command.default_root(path)
-    jobs = command.load_jobs(path, SCALE.value, root)
+    root, jobs = command.load_jobs(path, SCALE.value, pathlib.Path(ROOT.value) if ROOT.value else None)
     launcher = command.LAUNCHERS[LAUNCHER.value](root, JOBS.value, SLURM.value)
     if DRY_RUN.value:
         print(command.dry_run(jobs, root, launcher, retry_failed=RETRY_FAILED.value))

@@ -8,6 +8,7 @@ A table is a file `configs/tables/NAME.py` with a docstring (the papers, the com
     PROTOCOLS  name -> `Protocol`: what the figures of one section have in common; figures of two protocols never share a section
     PUBLISHED  protocol -> row -> column -> `Published`
     sweep(scale) -> iterable of `Cell`, every run that the table needs at that scale
+    RUNS       the name of the table whose folder of runs this one shares, if it does
     ORDERINGS  the published orderings that are tested on our figures, if any
     measured(scale) -> protocol -> row -> column -> figure, only where a benchmark and not runs make the figures; `MEASURED_BY` is
                then the benchmark's command
@@ -217,10 +218,11 @@ def _set(config: ml_collections.ConfigDict, field: str, value: Override) -> None
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """A loaded table. cells: by scale; measured: of a scale, by protocol, row and column."""
+    """A loaded table. root: where its runs are by default. cells: by scale; measured: of a scale, by protocol, row and column."""
 
     name: str
     path: pathlib.Path
+    root: pathlib.Path
     doc: str
     title: str
     metric: Metric
@@ -273,6 +275,11 @@ def load_module(path: pathlib.Path) -> types.ModuleType:
     return module
 
 
+def default_root(path: pathlib.Path, module: types.ModuleType) -> pathlib.Path:
+    """The folder of the runs of a table or a grid: runs/NAME, or that of the table whose runs it shares."""
+    return pathlib.Path("runs") / getattr(module, "RUNS", path.stem)
+
+
 FIELDS: Mapping[str, type] = {
     "TITLE": str, "METRIC": Metric, "SCALES": Mapping, "PROTOCOLS": Mapping, "PUBLISHED": Mapping, "sweep": Callable,
 }  # fmt: skip
@@ -296,7 +303,7 @@ def load(path: pathlib.Path | str) -> Table:
         raise ConfigError(f"{path}: sweep(scale) must yield cells (efficient_attn.tables.Cell), got {stray[0]!r}")
     doc = module.__doc__ or path.name
     table = Table(
-        name=path.stem, path=path, doc=doc, title=fields.get("TITLE", doc.splitlines()[0]),
+        name=path.stem, path=path, root=default_root(path, module), doc=doc, title=fields.get("TITLE", doc.splitlines()[0]),
         metric=fields.get("METRIC", Metric()), scales=scales, protocols=fields.get("PROTOCOLS") or _protocols(cells),
         published=fields.get("PUBLISHED", {}), cells=cells,
         measured=getattr(module, "measured", lambda scale: {}), measured_by=getattr(module, "MEASURED_BY", ""),

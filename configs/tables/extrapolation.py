@@ -32,6 +32,11 @@ WINDOWS = {"non-overlapping": ("non-overlapping", 64), "sliding by 8": ("sliding
 PERTURBATIONS = {"shuffle": "shuffled", "replace": "replaced by another text's", "drop": "dropped"}
 PERTURBED = tuple(24 * i for i in range(1, 9))
 TARGETS = "Windows of 256 bytes, the loss of the last 64; the column is how many of the first bytes are perturbed."
+LENGTHS = "The column is the length of the non-overlapping windows tested on, of one text; longer ones also give more context."
+RESCALED = (
+    "Rescaled rotations have the factor of their column and are not trained with it; tuned ones have a factor of 4 everywhere, "
+    "and 40 more steps at 256 bytes and a tenth of the learning rate."
+)
 EXTRAPOLATION, MEMORY = "cpu-extrapolation", "cpu-memory"
 PROTOCOLS = {
     "wikitext103": Protocol(
@@ -41,10 +46,8 @@ PROTOCOLS = {
     ),
     EXTRAPOLATION: Protocol(
         "In miniature, trained at 64 bytes", CPU_COLUMNS,
-        ("The column is the length of the non-overlapping windows tested on, of one text; longer ones also give more context.",
-         "transformer_xl reads a window in segments of 64, with a memory of 64 "
-         "states, empty where the window starts. Rescaled rotations have the factor of their column and are not trained with it; "
-         "tuned ones have a factor of 4 everywhere, and 40 more steps at 256 bytes and a tenth of the learning rate.",
+        (LENGTHS,
+         "transformer_xl reads a window in segments of 64, with a memory of 64 states, empty where the window starts.", RESCALED,
          "Nothing of it is published."),
         scale="cpu", absent=(Absent("learned positions end at the trained length", ("learned",), "no positions"),),
     ),

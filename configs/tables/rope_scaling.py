@@ -1,21 +1,27 @@
 """Contexts longer than a model was trained for, by changing its rotary positions: interpolation, NTK, YaRN.
 
-    python report.py --table=configs/tables/rope_scaling.py --scale=paper
+    python sweep.py --config=configs/tables/rope_scaling.py --scale=cpu       one run of 3 seeds, five minutes on a free core
+    python report.py --table=configs/tables/rope_scaling.py
 
 Position interpolation (Chen et al. 2023, arXiv 2306.15595, table 1) and YaRN (Peng et al. 2023, arXiv 2309.00071), both on LLaMA:
-perplexities of 7 to 65 billion parameters, which this code trains no model of. Published figures only; the methods themselves are
-`efficient_attn/positions/scaling.py`, and what they do to a small model is in extrapolation.py.
+perplexities of 7 to 65 billion parameters, which this code trains no model of. What the methods (efficient_attn/positions/scaling.py)
+do to a small model is shown by the rotary run of extrapolation.py, in that table's folder: whichever is swept first trains it.
 """
 
-from efficient_attn.tables import Absent, Metric, Protocol, published
+from configs.tables import extrapolation
+from efficient_attn.tables import Absent, Cell, Metric, Protocol, published
 
 TITLE = "Rotary positions scaled to longer contexts"
 METRIC = Metric("test_perplexity", "perplexity", scale=1.0, better="min")
-SCALES = {"paper": "LLaMA of 7 to 65 billion parameters; there are no runs of it here."}
+SCALES = {
+    "paper": "LLaMA of 7 to 65 billion parameters; there are no runs of it here.",
+    "cpu": "Two layers of width 64 trained on 64 bytes of WikiText-2 at a time, three seeds: a run of the table extrapolation.",
+}
+RUNS = "extrapolation"
 PI = ("2048", "4096", "8192", "16384", "32768")
 YARN = ("2048", "4096", "6144", "8192", "10240")
 LONG = ("8192", "32768", "65536", "98304", "131072")
-LLAMA = (Absent("no LLaMA is trained here; what the methods do to a small model is in extrapolation.py"),)
+LLAMA = (Absent("no LLaMA is trained here"),)
 PROTOCOLS = {
     "pi": Protocol(
         "Position interpolation: PG-19", PI,
@@ -28,6 +34,11 @@ PROTOCOLS = {
     ),
     "yarn-long": Protocol(
         "YaRN: contexts to 131,072", LONG, ("s is the factor by which the context was to grow.",), absent=LLAMA
+    ),
+    extrapolation.EXTRAPOLATION: Protocol(
+        "In miniature, trained at 64 bytes", extrapolation.CPU_COLUMNS,
+        (extrapolation.LENGTHS, extrapolation.RESCALED, "Nothing of it is published."),
+        scale="cpu", metric=extrapolation.METRIC,
     ),
 }  # fmt: skip
 PUBLISHED = {
@@ -61,6 +72,9 @@ PUBLISHED = {
 }  # fmt: skip
 
 
-def sweep(scale: str = "paper") -> list:
-    """Nothing: no model of these sizes is trained here."""
-    return []
+CPU = tuple(cell for cell in extrapolation.sweep("cpu") if (cell.protocol, cell.row) == (extrapolation.EXTRAPOLATION, "rotary"))
+ORDERINGS = tuple(o for o in extrapolation.ORDERINGS if {o.better, o.worse} <= {place for cell in CPU for place in cell.places})
+
+
+def sweep(scale: str = "paper") -> tuple[Cell, ...]:
+    return CPU if scale == "cpu" else ()

@@ -101,7 +101,7 @@ def table(name: str, scale: str) -> str:
     Raises `WorkdirError` where a committed run is damaged or of a protocol that the table had before.
     """
     loaded = tables.load(tables.ROOT / f"configs/tables/{name}.py")
-    found = summary.summarise(loaded, RESULTS / "tables" / name, scale)
+    found = summary.summarise(loaded, RESULTS / "tables" / loaded.root.name, scale)
     for _, run in found.members:
         if run.state in (State.OTHER_PROTOCOL, State.DAMAGED):
             raise workdir.WorkdirError(

@@ -197,7 +197,7 @@ class Summary:
     def command_root(self) -> pathlib.Path:
         """Where commands put runs: in `root`, but in the default folder where `root` is that of committed results."""
         committed = self.root.resolve().is_relative_to(ROOT / "results")
-        return pathlib.Path("runs") / self.table.name if committed else self.root
+        return self.table.root if committed else self.root
 
     @property
     def states(self) -> collections.Counter:

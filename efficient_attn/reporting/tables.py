@@ -8,7 +8,6 @@ from efficient_attn import tables, workdir
 from efficient_attn.arguments import ConfigError
 from efficient_attn.reporting import costs, latex, markdown, page, records, summary
 from efficient_attn.reporting.runs import State
-from efficient_attn.sweeps.command import default_root
 
 SPEEDS = tables.ROOT / "results/cpu/lra_speed.json"
 """Cost against length of every mixer; `python -m benchmarks.lra_speed --out=results/cpu/lra_speed.json` writes it."""
@@ -24,10 +23,8 @@ def write(
     """
     table = tables.load(path)
     if root is not None and not root.is_dir():
-        raise ConfigError(
-            f"--root={root} is no folder; without it runs are looked for where sweep.py puts them, {default_root(path)}"
-        )
-    root = root or default_root(path)
+        raise ConfigError(f"--root={root} is no folder; without it runs are looked for where sweep.py puts them, {table.root}")
+    root = root or table.root
     found = summary.summarise(table, root, scale)
     if measure:
         measure_costs(found)

@@ -16,7 +16,7 @@ from efficient_attn.sweeps.local import Local
 from efficient_attn.sweeps.scheduler import Launcher, Scheduler
 from efficient_attn.sweeps.slurm import Slurm, parse_parameters
 from efficient_attn.sweeps.view import View, counts
-from efficient_attn.tables import ROOT, Cell, load_module
+from efficient_attn.tables import ROOT, Cell, default_root, load_module
 
 
 def _local(root: pathlib.Path, jobs: int | None, parameters: Sequence[str]) -> Local:
@@ -34,12 +34,8 @@ LAUNCHERS: Mapping[str, Callable[[pathlib.Path, int | None, Sequence[str]], Laun
 """By name: from the root, how many runs at once, and Slurm's parameters."""
 
 
-def default_root(path: pathlib.Path) -> pathlib.Path:
-    return pathlib.Path("runs") / path.stem
-
-
-def load_jobs(path: pathlib.Path, scale: str, root: pathlib.Path) -> list[Job]:
-    """The runs that `sweep(scale)` of the file yields, every configuration checked.
+def load_jobs(path: pathlib.Path, scale: str, root: pathlib.Path | None = None) -> tuple[pathlib.Path, list[Job]]:
+    """The runs' folder, by default `tables.default_root`, and those that `sweep(scale)` yields, every configuration checked.
 
     Raises `ConfigError`, naming the cell, for whatever is wrong with the file, a cell, or its configuration.
     """
@@ -60,14 +56,15 @@ def load_jobs(path: pathlib.Path, scale: str, root: pathlib.Path) -> list[Job]:
         raise ConfigError(
             f"{path} has no runs of scale {scale!r}" + (f"; its figures come from: {measured_by}" if measured_by else "")
         )
-    root = root if pathlib.Path.cwd() == ROOT else root.resolve()  # commands run in the checkout
-    jobs = [_job(cell, path, root) for cell in cells]
+    root = root or default_root(path, module)
+    base = root if pathlib.Path.cwd() == ROOT else root.resolve()  # commands run in the checkout
+    jobs = [_job(cell, path, base) for cell in cells]
     folders: dict[pathlib.Path, Job] = {}
     for job in jobs:
         if job.folder in folders:
             raise ConfigError(f"{path}: two cells would share the folder {job.folder}; tell them apart by `choice`")
         folders[job.folder] = job
-    return jobs
+    return root, jobs
 
 
 def _job(cell: Any, path: pathlib.Path, root: pathlib.Path) -> Job:

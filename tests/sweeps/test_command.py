@@ -28,7 +28,7 @@ def cell(**more):
 def load(tmp_path, body: str, scale: str = "paper") -> list[Job]:
     path = tmp_path / "grid.py"
     path.write_text(HEAD + body)
-    return command.load_jobs(path, scale, tmp_path / "runs")
+    return command.load_jobs(path, scale, tmp_path / "runs")[1]
 
 
 def test_cells_become_jobs(tmp_path):
@@ -58,12 +58,20 @@ def test_what_is_wrong_with_a_file_is_said_in_a_line(tmp_path, body, message):
     assert "\n" not in str(error.value)
 
 
+def test_runs_are_put_where_the_file_says(tmp_path):
+    path = tmp_path / "grid.py"
+    for said, name in (("", "grid"), ("RUNS = 'other'\n", "other")):
+        path.write_text(HEAD + said + "def sweep(scale):\n    yield cell()")
+        root, (job,) = command.load_jobs(path, "paper")
+        assert root == pathlib.Path("runs") / name and job.folder == root.resolve() / "p/r-c-s0"
+
+
 def test_the_grid_of_the_readme(tmp_path):
     lines = (ROOT / "README.md").read_text().split("\n")
     start = lines.index("    from efficient_attn.tables import Cell")
     end = next(i for i in range(start, len(lines)) if lines[i] and not lines[i].startswith("    "))
     (tmp_path / "grid.py").write_text(textwrap.dedent("\n".join(lines[start:end])))
-    jobs = command.load_jobs(tmp_path / "grid.py", "paper", tmp_path / "runs")
+    _, jobs = command.load_jobs(tmp_path / "grid.py", "paper", tmp_path / "runs")
     assert [job.title for job in jobs][1:3] == ["softmax recall lr=0.003 s0", "s5 recall lr=0.001 s0"] and len(jobs) == 4
 
 
@@ -172,7 +180,7 @@ def test_two_runs_of_the_real_program(tmp_path, capsys):
     done = tmp_path / "runs" / "grid" / "identity-recall-s0"
     assert "test_accuracy" in json.loads((done / "eval.json").read_text())
     stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*") if path.name in ("log.txt", "run.json")}
-    jobs = command.load_jobs(tmp_path / "grid.py", "paper", tmp_path / "runs")
+    _, jobs = command.load_jobs(tmp_path / "grid.py", "paper", tmp_path / "runs")
     launcher = command.LAUNCHERS["local"](tmp_path / "runs", 2, [])
     assert not command.run(jobs, tmp_path / "runs", launcher, about={}, retries=3, retry_failed=False)
     assert "0 to run" in capsys.readouterr().out
