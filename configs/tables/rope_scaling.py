@@ -4,7 +4,7 @@
     python report.py --table=configs/tables/rope_scaling.py
 
 Position interpolation (Chen et al. 2023, arXiv 2306.15595, table 1) and YaRN (Peng et al. 2023, arXiv 2309.00071), both on LLaMA:
-perplexities of 7 to 65 billion parameters, which this code trains no model of. What the methods (efficient_attn/positions/scaling.py)
+perplexities of 7 to 65 billion parameters, of which none is trained here. What the methods (efficient_attn/positions/scaling.py)
 do to a small model is shown by the rotary run of extrapolation.py, in that table's folder: whichever is swept first trains it.
 """
 
