@@ -5,11 +5,10 @@
         seal.json              progress, metrics, shapes and dtypes, size and SHA-256 of every file, SHA-256 of itself
       1000.damaged/            a step that failed verification, moved aside and ignored from then on; delete it at will
 
-Orbax restores wrong values from a file with a flipped bit without a word, so no step is restored, counted as latest or
-best, or kept in place of another before every byte of it agrees with its seal. The seal is written while the step still
-has its temporary name: the rename that commits the arrays commits the seal with them, and there is no moment at which
-a kill leaves one without the other. (Orbax adds `_CHECKPOINT_METADATA` and `commit_success.txt` around the rename;
-neither is sealed, and neither is read to restore.)
+Orbax restores wrong values from a file with a flipped bit without a word, so no step is restored, counted as latest or best, or
+kept in place of another before every byte of it agrees with its seal. The seal is written while the step still has its temporary
+name: the rename that commits the arrays commits the seal with them, and there is no moment at which a kill leaves one without the
+other. (Orbax adds `_CHECKPOINT_METADATA` and `commit_success.txt` around the rename; they are not sealed, and never read.)
 
 Kept are the two newest whole steps (if the newest is damaged there is one before it) and the best by one metric.
 """
@@ -44,6 +43,7 @@ KEEP_LATEST = 2
 UNSEALED = ("_CHECKPOINT_METADATA", "commit_success.txt", SEAL)  # written after the checksums are taken
 TEMPORARY = ".orbax-checkpoint-tmp"  # Orbax's mark of an unfinished save
 DELETING = ".deleting"
+ORBAX = ocp.AsyncOptions(create_directories_asynchronously=False, timeout_secs=10**10)  # failed mkdirs block; clocks jump
 
 
 class CheckpointError(Exception):
@@ -97,8 +97,7 @@ class Checkpoints:
         self._saving: int | None = None
         _let_orbax_fail_quietly()
         self._handler = _SealingHandler()
-        options = ocp.AsyncOptions(create_directories_asynchronously=False)  # else a failed mkdir blocks threads for minutes
-        self._orbax = ocp.AsyncCheckpointer(self._handler, async_options=options)
+        self._orbax = ocp.AsyncCheckpointer(self._handler, async_options=ORBAX)
         if self._changes:
             self._prepare_folder()
 
@@ -291,7 +290,8 @@ class Checkpoints:
             if not unfinished.exists():
                 break
         os_error = re.search(r"os_error_code='(\d+)'", str(error))  # TensorStore wraps what the system said in several lines
-        reason = os.strerror(int(os_error[1])) if os_error else " ".join(str(error).split()).rstrip(".") or repr(error)
+        reason = os.strerror(int(os_error[1])) if os_error else getattr(error.__cause__, "strerror", None)
+        reason = reason or " ".join(str(error).split()).rstrip(".") or repr(error)
         return CheckpointError(
             f"saving step {step} in {self.directory} failed: {reason}. Checkpoints before it are intact: {self._others(step)}. "
             "Remove the cause (free some disk space?) and run the same command to continue from the newest of them."

@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+from tests.faults import table
+from tests.faults.faults import FAULTS
 from tests.faults.kills import Tally
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -24,7 +26,7 @@ def faults(*flags: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.slow
 def test_five_kills_lose_nothing(tmp_path):
-    result = faults("--kills=5", "--seed=3", "--steps=30", f"--out={tmp_path / 'kills.json'}")
+    result = faults("--kills=5", "--seed=6", "--steps=30", f"--out={tmp_path / 'kills.json'}")
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
     summary = json.loads((tmp_path / "kills.json").read_text())
     assert summary["kills"] == 5 and summary["runs_finished_and_identical"] >= 1
@@ -36,3 +38,9 @@ def test_kills_that_miss_what_they_are_named_after_are_an_error():
     misses = {**hits, ("SIGKILL", "in data generation", "starting"): 2, ("SIGINT", "in data generation", "generating data"): 1}
     with pytest.raises(AssertionError, match=r"in data generation have met .*'starting': 2"):
         Tally(collections.Counter(misses)).check_moments()
+
+
+def test_the_page_of_faults_has_a_row_for_each_and_no_other():
+    page = (ROOT / "docs/faults.md").read_text()
+    assert list(table.lines_of(page)) == list(FAULTS), "python -m tests.faults --table=docs/faults.md --only NAME ..."
+    assert table.markdown({}, page) == page

@@ -296,8 +296,9 @@ def _worker(pipe, work: bytes) -> None:
                 _write_shard(shard, features, generate)
                 failure = None
             except Exception as error:
-                kind = "" if isinstance(error, TaskError) else f"{type(error).__name__}: "
-                failure = (f"Writing {shard.path} failed: {kind}{error}", traceback.format_exc())
+                reason = str(error) if isinstance(error, TaskError) else f"{type(error).__name__}: {error}"
+                reason = reason.partition("; writing ")[0]  # array_record goes on with names and places
+                failure = (f"Writing {shard.path} failed: {reason}", traceback.format_exc())
             pipe.send(failure)
 
 

@@ -18,7 +18,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60, help="of the run that is killed")
     parser.add_argument("--out", type=pathlib.Path, help="write what happened to this JSON file")
     parser.add_argument("--table", type=pathlib.Path, help="do every other fault once, and write the table to this Markdown file")
-    parser.add_argument("--only", nargs="+", help="these faults; the table's other rows stay")
+    parser.add_argument("--only", nargs="+", help="these faults, as the table names them; its other rows stay")
     args = parser.parse_args()
     folder = pathlib.Path(tempfile.mkdtemp(prefix="faults-")).resolve()
     prepare(folder)
@@ -35,12 +35,15 @@ def main() -> None:
             args.out.parent.mkdir(parents=True, exist_ok=True)
             workdir.write_json(args.out, summary)
     if args.table or args.only:
+        if unknown := set(args.only or ()) - set(faults.FAULTS):
+            shutil.rmtree(folder)
+            parser.error(f"--only: there is no {unknown.pop()!r}; there are: {', '.join(faults.FAULTS)}")
         (folder / "table").mkdir()
         folder.chmod(0o755)  # for the fault that is an ordinary user's
-        rows = []
-        old = args.table.read_text() if args.only and args.table else ""
-        for row in table.rows_of(folder / "table", args.only or list(faults.FAULTS)):
-            rows.append(row)
+        rows = {}
+        old = args.table.read_text() if args.table and args.table.exists() else ""
+        for name, row in table.rows_of(folder / "table", args.only or faults.FAULTS):
+            rows[name] = row
             if args.table:
                 args.table.parent.mkdir(parents=True, exist_ok=True)
                 args.table.write_text(table.markdown(rows, old))

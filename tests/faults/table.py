@@ -1,21 +1,30 @@
 """The page of all faults: each is done now, and what it shows becomes its row."""
 
 import pathlib
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator, Mapping
 
 from tests.faults import programs, runs
-from tests.faults.faults import FAULTS, SHORT, Place, Row
+from tests.faults.faults import FAULTS
+from tests.faults.place import SHORT, Place, Row
 
 HEADER = ("| fault | what it says (exit status) | what is on disk | how it goes on |", "|---|---|---|---|")
 
 
-def markdown(rows: list[Row], old: str = "") -> str:
-    """The page of the table. Rows of the page `old` stay where they were, but for those of the same faults."""
-    lines = {line.split(" | ")[0]: line for line in old.splitlines() if line.startswith("| ") and line not in HEADER}
-    for row in rows:
+def lines_of(page: str) -> dict[str, str]:
+    """The rows of a page, by fault."""
+    lines = page.partition("\n".join(HEADER) + "\n")[2].splitlines()
+    return {re.match(r"\| (.*?) \| ", line)[1]: line for line in lines}
+
+
+def markdown(rows: Mapping[str, Row], old: str = "") -> str:
+    """The page of the table. Rows of the page `old` stay as they were, but for those of the same faults."""
+    lines = lines_of(old)
+    for name, row in rows.items():
         says = row.says.replace("`", "'")
-        lines[f"| {row.fault}"] = f"| {row.fault} | `{says}` ({row.status}) | {row.left} | {row.goes_on} |"
-    return "\n".join([*PREAMBLE.strip().splitlines(), "", *HEADER, *lines.values()]) + "\n"
+        lines[name] = f"| {name} | `{says}` ({row.status}) | {row.left} | {row.goes_on} |"
+    known = [lines[name] for name in FAULTS if name in lines]
+    return "\n".join([*PREAMBLE.strip().splitlines(), "", *HEADER, *known]) + "\n"
 
 
 PREAMBLE = """
@@ -24,22 +33,23 @@ PREAMBLE = """
 What a run says when something breaks, what is left on disk, and how it continues. Each row was made by breaking a short run
 (`python -m tests.faults --table=docs/faults.md`): one layer of S5 with batch statistics and dropout on ListOps records, a
 checkpoint every 3 steps. "Bit-identical" compares every array of the last checkpoint and every line of metrics.jsonl, but for
-times, with a run that nothing happened to. Some of them again: `--only=NAME`, see `FAULTS` in tests/faults/faults.py. Kills at
-random moments are another command: `python -m tests.faults --kills=200 --seed=0`.
+times, with a run that nothing happened to. Some of them again: `--only "disk full while saving"`. Kills at random moments are
+another command: `python -m tests.faults --kills=200 --seed=0`.
 
 Exit statuses: 2 what was asked for is wrong or cannot be read or written, 3 a checkpoint failed, 4 diverged, 5 the folder is in
-use, 6 another process failed or is lost, 75 stopped by a signal; the same command continues in all cases once the cause is gone.
+use, 6 another process failed or is lost, 75 stopped by a signal, 137 `kill -9`, as shells tell it; the same command continues in
+all cases once the cause is gone.
 """
 
 
-def rows_of(folder: pathlib.Path, names: list[str]) -> Iterator[Row]:
+def rows_of(folder: pathlib.Path, names: Iterable[str]) -> Iterator[tuple[str, Row]]:
     """The rows of the named faults, each done now, in `folder`."""
     data, reference = folder / "data", folder / "reference"
     status, program = programs.run(runs.train(reference, data, *SHORT), folder / "program")
     assert status == 0, program.err
-    for name in names:
-        place = Place(folder / name, data, reference)
-        place.folder.mkdir()
-        row = FAULTS[name](place)
+    for number, name in enumerate(names):
+        here = folder / f"fault{number}"
+        here.mkdir()
+        row = FAULTS[name](Place(here, here / "run", data, reference))
         print(f"{name}: {row.says}", flush=True)
-        yield row
+        yield name, row
