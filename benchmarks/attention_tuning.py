@@ -6,10 +6,12 @@
 
 Screening needs the wheels that `python -m kernels.offline --op=mosaic --compile` needs and takes seconds for each of the
 candidates; a candidate survives if it spills nothing and its shared memory fits. Both parts write after each row and go on where
-they stopped. Causal attention is timed, 16K tokens of width 2048, where tiles with and without a test are visited.
+they stopped. Causal attention is timed, 16K tokens of width 2048, where tiles with and without a test are visited; of the pass
+for the gradient of what biases add, with a table.
 """
 
 import argparse
+import dataclasses
 import functools
 import itertools
 import pathlib
@@ -33,16 +35,25 @@ TOKENS, WIDTH, LENGTH = 16384, 2048, 4096
 def candidates() -> Iterator[mosaic.Kernel]:
     """The table's neighbours: 64 rows to a consumer, as wgmma has them, and what may fit in shared memory."""
     for name, size in itertools.product(mosaic.PASSES, HEAD_SIZES):
-        for visited, consumers, stages in itertools.product((64, 128, 256), (1, 2), (2, 3, 4)):
-            for pingpong in (False, True) if name == "forward" and consumers == 2 else (False,):
-                blocks = Blocks(64, visited, consumers, stages, pingpong)
-                if _least_shared_bytes(blocks, size) <= SHARED_BYTES:
-                    yield mosaic.Kernel(name, "bfloat16", size, blocks, "causal")
+        mask = "table" if name == "table" else "causal"
+        for blocks in _neighbours(name, size) if mask in mosaic.masks_of(name, size) else ():
+            if _least_shared_bytes(blocks, size) <= SHARED_BYTES:
+                yield mosaic.Kernel(name, "bfloat16", size, blocks, mask)
+
+
+def _neighbours(name: str, size: int) -> Iterator[Blocks]:
+    if name == "table":  # a tile for each program, so that no two write to one place
+        yield from (Blocks(64, 64, 1, stages) for stages in (1, 2, 3))
+        return
+    visited = (32, 64) if size == 256 else (64, 128, 256)
+    for columns, consumers, stages in itertools.product(visited, (1, 2), (2, 3, 4)):
+        for pingpong in (False, True) if name == "forward" and consumers == 2 else (False,):
+            yield Blocks(64, columns, consumers, stages, pingpong, split=name == "dkv" and size == 256 and consumers == 2)
 
 
 def _least_shared_bytes(blocks: Blocks, size: int) -> int:
     """Of the ring's two tiles and one of the program's own rows, in 16 bits."""
-    return 2 * size * (2 * blocks.stages * blocks.visited + blocks.consumers * blocks.own)
+    return 2 * size * (2 * blocks.stages * blocks.visited + blocks.owners * blocks.own)
 
 
 def screen(out: str) -> None:
@@ -91,7 +102,11 @@ def _launch(row: dict):
     heads, B = WIDTH // size, TOKENS // LENGTH
     keys = jax.random.split(jax.random.key(0), 4)
     q, k, v, do = (jax.random.normal(key, (B, LENGTH, heads, size), jnp.bfloat16) for key in keys)
-    call = mosaic.call_of(q, k, v, row["mask"])
+    bias = mosaic.MASKS[row["mask"]].bias
+    call = dataclasses.replace(
+        mosaic.call_of(q, k, v, row["mask"]),
+        bias=None if bias is None else bias(lambda *shape: jnp.zeros(shape, jnp.float32), heads, LENGTH),
+    )
     cut = plan(call, interpret=False, blocks=dict.fromkeys(mosaic.PASSES, blocks))
     of_rows = Rows(do, jnp.full((B, heads, LENGTH), 8.0), jnp.zeros((B, heads, LENGTH)))
     return functools.partial(jax.jit(functools.partial(mosaic.PASSES[row["kernel"]], cut)), call, of_rows)

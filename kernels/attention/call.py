@@ -63,7 +63,8 @@ class Spec:
     """The static facts of a call.
 
     `bias` is the name of its class, `bias_gathers` whether its rule indexes arrays, and `bias_whole_axes` the lengths of its
-    arrays' axes that a tile takes whole; `bias_pairs`, whether one of them has an axis of queries and one of keys;
+    arrays' axes that a tile takes whole; `bias_by_distance` as
+    `Bias.by_distance`; `bias_pairs`, whether one of them has an axis of queries and one of keys;
     `traced_positions`, that positions were given; `sequence_shards`, over how many devices the mesh spreads a sequence.
     """
 
@@ -86,6 +87,7 @@ class Spec:
     return_lse: bool
     platform: str
     bias_pairs: bool = False
+    bias_by_distance: bool = False
     sequence_shards: int = 1
 
 
@@ -112,6 +114,7 @@ def spec_of(call: Call, return_lse: bool, platform: str) -> Spec:
         return_lse=return_lse,
         platform=platform,
         bias_pairs=call.bias is not None and _holds_pairs(call.bias),
+        bias_by_distance=call.bias is not None and call.bias.by_distance,
         sequence_shards=mesh.shards(mesh.SEQ),
     )
 

@@ -24,6 +24,11 @@ Run = Callable[[Call], tuple[jax.Array, jax.Array]]
 ALLOWED = {"out": 2, "lse": 2, "dq": 3, "dk": 3, "dv": 3, "dbias": 3}
 """How many times the dense form's error each result may have; `dbias` is of all the bias's arrays."""
 
+
+def _normal(*shape: int) -> jax.Array:
+    return jax.random.normal(jax.random.key(2), shape)
+
+
 MASKS = {
     "full": masks.Full(),
     "causal": masks.Causal(),
@@ -35,9 +40,13 @@ MASKS = {
 }
 
 BIASES = {
-    "ALiBi": lambda H: biases.ALiBi(jnp.asarray(biases.alibi_slopes(H))),
+    "ALiBi": lambda H, L, S: biases.ALiBi(jnp.asarray(biases.alibi_slopes(H))),
+    "dense": lambda H, L, S: biases.Dense(_normal(1, H, L, S)),
+    "dense, of keys": lambda H, L, S: biases.Dense(jnp.where(jnp.arange(S) % 5 == 3, -jnp.inf, _normal(1, 1, 1, S))),
+    "T5": lambda H, L, S: biases.Bucketed(_normal(H, 32)),
+    "KERPLE": lambda H, L, S: biases.KerpleLog(*(1 + jnp.arange(2 * H, dtype=jnp.float32) / H).reshape(2, H)),
 }
-"""By name, of a number of heads."""
+"""By name, of a number of heads and the lengths."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +79,7 @@ class Case:
         shapes = (self.B, self.L, self.H, self.D), *[(self.B, self.S, self.G, self.D)] * 2
         q, k, v = (jax.random.normal(key, shape, jnp.dtype(self.dtype)) for key, shape in zip(keys, shapes))
         ids = [self._ids(self.L), self._ids(self.S)] if self.documents else [None, None]
-        bias = None if self.bias is None else BIASES[self.bias](self.H)
+        bias = None if self.bias is None else BIASES[self.bias](self.H, self.L, self.S)
         positions = [1 + 2 * jnp.arange(n)[None] for n in (self.L, self.S)] if self.positions else [None, None]
         spans = Spans(jnp.int32(1), (((0, 2), (0, 2)), ((1, 2), (1, 2)))) if self.positions else None
         arrays = q, k, v, bias, *ids, *positions, None, spans
@@ -86,20 +95,22 @@ class Case:
 
 
 def table() -> Iterator[Case]:
-    """What is run on a card: every mask at lengths around tiles' ends, grouped heads, both types, soft-cap, documents."""
+    """What is run on a card: every mask at lengths around tiles' ends, grouped heads, both types, soft-cap, documents, biases."""
     lengths = (1, 1), (63, 63), (65, 65), (113, 203), (799, 3), (128, 128), (257, 257), (1024, 1023), (2048, 2048)
     for D, mask, (L, S) in itertools.product((64, 128), MASKS, lengths):
         yield Case(L, S, D, mask)
-    for D, mask in itertools.product((64, 128), ("BigBird", "by head", "negated")):
+    yield from (Case(L, S, 256, mask) for mask in MASKS for L, S in ((65, 65), (257, 1000)))
+    for D, mask in itertools.product((64, 128, 256), ("BigBird", "by head", "negated")):
         yield Case(1000, 1000, D, mask, H=4, G=2 if mask == "BigBird" else 4)
-    for D, mask in itertools.product((64, 128), ("full", "causal")):
+    for D, mask in itertools.product((64, 128, 256), ("full", "causal")):
         yield Case(1000, 1000, D, mask, dtype="float16")
         yield Case(1000, 1000, D, mask, B=2, H=8, G=2)
         yield Case(500, 500, D, mask, H=4, G=1, softcap=15.0)
         yield Case(4096, 4096, D, mask, B=2, H=4)
         yield Case(1000, 1000, D, mask, documents=3)
         yield Case(500, 500, D, mask, positions=True)
-        yield from (Case(500, 500, D, mask, H=4, bias=bias) for bias in BIASES)
+        if D <= 128:
+            yield from (Case(500, 430, D, mask, B=2, H=4, G=2, bias=bias) for bias in BIASES)
 
 
 def dense(call: Call) -> tuple[jax.Array, jax.Array]:

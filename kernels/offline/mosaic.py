@@ -22,6 +22,8 @@ from kernels.attention import biases, masks
 from kernels.attention.adjoint import Rows
 from kernels.attention.call import Call
 from kernels.attention.mosaic import backward, forward
+from kernels.attention.mosaic import table as table_pass
+from kernels.attention.mosaic.api import MAX_BIASED
 from kernels.attention.mosaic.tiling import Blocks, Plan, plan, table
 from kernels.offline.compiler import SHARED_BYTES, h200, link_cuda
 
@@ -29,13 +31,13 @@ LENGTH, HEADS, KV_HEADS = 4096, 8, 4
 
 
 class Pattern(NamedTuple):
-    """A mask, whether segment ids tell packed documents apart, the soft-cap of scores, a rule on them, and whether positions are
-    traced."""
+    """A mask, whether segment ids tell packed documents apart, the soft-cap of scores, a bias (of what makes float32 arrays of a
+    shape, a number of heads and a length), and whether positions are traced."""
 
     mask: masks.Mask
     documents: bool = False
     softcap: float | None = None
-    bias: Callable[..., biases.Bias] | None = None
+    bias: Callable[[Callable, int, int], biases.Bias] | None = None
     positions: bool = False
 
 
@@ -47,13 +49,19 @@ MASKS = {
     "soft-cap": Pattern(masks.Causal(), softcap=30.0),
     "BigBird": Pattern(masks.random_blocks(64, 64, 3, seed=0) | masks.Window(96) | masks.Global(tuple(range(64)))),
     "positions": Pattern(masks.Causal(), positions=True),
-    "ALiBi": Pattern(masks.Causal(), bias=biases.ALiBi),
+    "ALiBi": Pattern(masks.Causal(), bias=lambda array, H, L: biases.ALiBi(array(H))),
+    "table": Pattern(masks.Causal(), bias=lambda array, H, L: biases.Dense(array(1, H, L, L))),
+    "T5": Pattern(masks.Full(), bias=lambda array, H, L: biases.Bucketed(array(H, 32))),
 }
+
+WITH_NUMBERS = ("table", "T5")
+"""Of these, those whose bias reaches kernels as numbers, as the pass for their gradient has them."""
 
 PASSES: dict[str, Callable[[Plan, Call, Rows], Any]] = {
     "forward": lambda plan, call, rows: forward.run_forward(plan.forward, call),
     "dkv": lambda plan, call, rows: backward.run_dkv(plan.dkv, call, rows),
     "dq": lambda plan, call, rows: backward.run_dq(plan.dq, call, rows),
+    "table": lambda plan, call, rows: table_pass.run_table(plan.table, call, rows),
 }
 
 
@@ -72,8 +80,16 @@ def kernels() -> Iterator[Kernel]:
     """Every pass with every entry of its block table, on every pattern; in float16 on one."""
     for name, entries in table().items():
         for head_size, blocks in entries.items():
-            yield from (Kernel(name, "bfloat16", head_size, blocks, mask) for mask in MASKS)
-            yield Kernel(name, "float16", head_size, blocks, "causal")
+            yield from (Kernel(name, "bfloat16", head_size, blocks, mask) for mask in masks_of(name, head_size))
+            if name != "table":
+                yield Kernel(name, "float16", head_size, blocks, "causal")
+
+
+def masks_of(name: str, head_size: int) -> list[str]:
+    """The patterns that a pass has at a head size."""
+    if name == "table":
+        return list(WITH_NUMBERS) if head_size <= MAX_BIASED else []
+    return [mask for mask, pattern in MASKS.items() if pattern.bias is None or head_size <= MAX_BIASED]
 
 
 def lower(kernel: Kernel, length: int = LENGTH, sharding: Any = None) -> jax.stages.Lowered:
@@ -88,9 +104,7 @@ def lower(kernel: Kernel, length: int = LENGTH, sharding: Any = None) -> jax.sta
     row, integers = array((1, HEADS, length), jnp.float32), array((1, length), jnp.int32)
     given = {"q_segments": integers, "kv_segments": integers} if pattern.documents else {}
     given |= {"q_positions": integers, "kv_positions": integers} if pattern.positions else {}
-    given |= (
-        {"bias": pattern.bias(*[array((HEADS,), jnp.float32)] * len(dataclasses.fields(pattern.bias)))} if pattern.bias else {}
-    )
+    given |= {"bias": pattern.bias(lambda *shape: array(shape, jnp.float32), HEADS, length)} if pattern.bias else {}
     call = dataclasses.replace(call_of(q, kv, kv, kernel.mask), **given)
     run = functools.partial(PASSES[kernel.name], plan(call, interpret=False, blocks=dict.fromkeys(PASSES, kernel.blocks)))
     traced = jax.jit(run).trace(call, Rows(q, row, row))

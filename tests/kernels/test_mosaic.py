@@ -4,16 +4,19 @@ What the interpreter cannot run is in `kernels.attention.mosaic.machine`: wgmma 
 capability 9.0, `JAX_PLATFORMS=cuda pytest tests/kernels/test_mosaic.py -m gpu` runs the whole table of numerics compiled.
 """
 
+import dataclasses
 import functools
+import itertools
 import json
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from kernels import compat, devices
 from kernels.attention import Dropout, api, biases, explain, masks, mosaic, numerics, reference
-from kernels.attention.mosaic import tiling
+from kernels.attention.mosaic import operands, tiling
 from kernels.attention.numerics import Case
 from kernels.offline import expected
 from kernels.offline import mosaic as offline
@@ -24,11 +27,14 @@ INTERPRETED = {
         Case(40, 100, 64, "causal", H=2, G=1, documents=3, bias="ALiBi", positions=True),
         dict.fromkeys(tiling.PASSES, ALONE),
     ),
-    "two consumers in turns, or on the same rows, soft-cap": (
-        Case(128, 128, 64, "window", H=1, G=1, softcap=5.0),
-        {"forward": BOTH._replace(pingpong=True), "dkv": BOTH._replace(split=True), "dq": BOTH},
+    "two consumers in turns, or on the same rows, soft-cap, a table": (
+        Case(128, 128, 64, "window", H=1, G=1, softcap=5.0, bias="dense"),
+        {"forward": BOTH._replace(pingpong=True), "dkv": BOTH._replace(split=True), "dq": BOTH, "table": ALONE},
     ),
-    "stored tiles that differ by head": (Case(64, 100, 64, "by head"), dict.fromkeys(tiling.PASSES, ALONE)),
+    "stored tiles that differ by head, T5's buckets": (
+        Case(70, 100, 64, "by head", bias="T5"),
+        dict.fromkeys(tiling.PASSES, ALONE) | {"dkv": mosaic.Blocks(64, 32, 2, 2, split=True)},
+    ),
 }
 
 
@@ -61,21 +67,26 @@ def test_the_criterion_sees_an_error_of_a_few_roundings(quick_compile):
 def test_every_entry_of_the_block_table_lowers_for_a_gpu(name):
     """Every pattern at one head size; `python -m kernels.offline --op=mosaic` does them all at each."""
     kernels = [kernel for kernel in offline.kernels() if kernel.name == name and kernel.dtype == "bfloat16"]
-    assert len(kernels) == len(tiling.HEAD_SIZES) * len(offline.MASKS)
-    for i, mask in enumerate(offline.MASKS):
-        [kernel] = [k for k in kernels if k.mask == mask and k.head_size == tiling.HEAD_SIZES[i % len(tiling.HEAD_SIZES)]]
+    sizes = list(tiling.table()[name])
+    assert len(kernels) == sum(len(offline.masks_of(name, size)) for size in sizes)
+    for i, mask in enumerate(offline.masks_of(name, min(sizes))):
+        of_mask = [kernel for kernel in kernels if kernel.mask == mask]
+        kernel = of_mask[i % len(of_mask)]
         with compat.abstract_gpu():
             text = offline.lower(kernel, length=512).as_text()
         assert text.count(compat.MOSAIC_CALL) == 1 and f"attention_{name}" in text
 
 
-def array(*shape, dtype=jnp.bfloat16):
+BF16 = jnp.bfloat16
+
+
+def array(*shape, dtype=BF16):
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-X, X96, X32 = array(1, 64, 2, 64), array(1, 64, 2, 96), array(1, 64, 2, 64, dtype=jnp.float32)
+X, X96, X256, X32 = (array(1, 64, 2, D, dtype=dtype) for D, dtype in ((64, BF16), (96, BF16), (256, BF16), (64, jnp.float32)))
 REFUSED = {
-    "head size": ((X96, X96, X96), {}, "must be of one size in (64, 128), not [96]"),
+    "head size": ((X96, X96, X96), {}, "must be of one size in (64, 128, 256), not [96]"),
     "head sizes that differ": ((X, X, array(1, 64, 2, 128)), {}, "not [64, 128]"),
     "float32": ((X32, X32, X32), {}, "tensor cores take bfloat16 and float16, not float32"),
     "positions of a stored mask": (
@@ -83,10 +94,20 @@ REFUSED = {
         {"mask": masks.PerHead((masks.Full(), masks.Causal())), "q_positions": array(64, dtype=jnp.int32)},
         "must be evaluated before positions are known",
     ),
-    "a table": (
+    "a table of queries": (
         (X, X, X),
-        {"bias": biases.Dense(array(1, 1, 64, 64))},
-        "of biases it has ALiBi, not Dense",
+        {"bias": biases.Labels(array(1, 1, 64, 7), biases.Clipped(3))},
+        "of biases it has Dense, and rules that add by distance alone, not Labels",
+    ),
+    "positions of distances": (
+        (X, X, X),
+        {"bias": biases.Bucketed(array(2, 32)), "q_positions": array(64, dtype=jnp.int32)},
+        "the bias Bucketed must be evaluated before positions are known",
+    ),
+    "a bias of large heads": (
+        (X256, X256, X256),
+        {"bias": biases.ALiBi(array(2))},
+        "it has biases up to head size 128, not 256",
     ),
     "dropout": ((X, X, X), {"dropout": Dropout(0.1, array(2, dtype=jnp.uint32))}, "it has no dropout"),
 }
@@ -98,6 +119,28 @@ def test_what_is_missing_is_refused_with_a_reason(arrays, options, reason):
     assert others["mosaic"].startswith("cannot: ") and reason in others["mosaic"]
     with pytest.raises(ValueError, match="implementation='mosaic' cannot run this call"):
         explain(*arrays, **options, implementation="mosaic")
+
+
+@pytest.mark.parametrize("name", ["dense", "dense, of keys", "T5", "KERPLE"])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_the_numbers_of_each_tile_are_what_the_bias_adds(name, transposed):
+    """Of every tile that the passes read, without a kernel; with more queries than a tile, and fewer than keys."""
+    H, L, S = 2, 150, 200
+    bias, x = numerics.BIASES[name](H, L, S), array(1, L, H, 64)
+    call = dataclasses.replace(Case(1, 1, 64, "full").call(), q=x, k=array(1, S, H, 64), bias=bias)
+    q_pos, kv_pos = jnp.arange(L)[None, None, :, None] + S - L, jnp.arange(S)[None, None, None]
+    whole = bias.score(jnp.zeros((1, H, L, S)), q_pos, kv_pos, jnp.arange(H)[None, :, None, None])[0]
+    sizes = (64, 128) if transposed else (128, 64)
+    cut = tiling.Tiling(*sizes, L, S, mosaic.Blocks(64, 64, 2, 2), interpret=True)
+    found = operands.added(call, bias, cut, transposed)
+    for row, column in itertools.product(range(cut.rows), range(cut.columns)):
+        own, visited = (column, row) if transposed else (row, column)
+        start = found.start + found.column[0] * own + found.column[1] * visited
+        numbers = jnp.broadcast_to(found.numbers[0], (H, *found.numbers.shape[2:]))
+        tile = numbers[:, own * 128 * found.row :][:, :128, start : start + 64]
+        tile = tile.swapaxes(1, 2) if transposed else tile
+        expected = whole[:, row * sizes[0] :, column * sizes[1] :][:, : sizes[0], : sizes[1]]
+        np.testing.assert_allclose(tile[:, : expected.shape[1], : expected.shape[2]], expected, atol=1e-5)
 
 
 @pytest.fixture

@@ -32,9 +32,12 @@ class Bias:
     """Base of all biases; a subclass is registered as a pytree.
 
     gathers: the rule indexes an array by a computed index, which the Triton backend of Pallas cannot lower.
+    by_distance: the rule adds to a score a number that goes by kv_pos - q_pos and the head alone, so that an implementation
+        may evaluate it once for each distance, with a score of 0, rather than for each pair.
     """
 
     gathers: bool = False
+    by_distance: bool = False
 
     def axes(self) -> list[Axes]:
         """One tuple for each leaf, in the order of `jax.tree.leaves`."""
@@ -64,7 +67,7 @@ class Dense(Bias):
         return score + self.table.astype(score.dtype)
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["params"], meta_fields=["fn", "gathers"])
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["params"], meta_fields=["fn", "gathers", "by_distance"])
 @dataclasses.dataclass(frozen=True)
 class Function(Bias):
     """fn(score, q_pos, kv_pos, head, params): any traced elementwise function, multiplicative forms included.
@@ -76,11 +79,13 @@ class Function(Bias):
             return score - slopes[head] * abs(q_pos - kv_pos)
 
     gathers: set it to False if `fn` indexes no array, so that every implementation may run it.
+    by_distance: set it to True if `fn` adds a number that goes by kv_pos - q_pos and the head alone, as that one does.
     """
 
     fn: Callable[..., Score]
     params: Any = dataclasses.field(default=())
     gathers: bool = True
+    by_distance: bool = False
 
     def axes(self):
         return [(None,) * jnp.ndim(leaf) for leaf in jax.tree.leaves(self.params)]
@@ -99,6 +104,10 @@ class Chain(Bias):
     @property
     def gathers(self) -> bool:
         return any(part.gathers for part in self.parts)
+
+    @property
+    def by_distance(self) -> bool:
+        return all(part.by_distance for part in self.parts)
 
     def axes(self):
         return [axes for part in self.parts for axes in part.axes()]

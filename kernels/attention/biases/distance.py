@@ -54,6 +54,8 @@ class ALiBi(_PerHead):
     The paper's is causal; without a causal mask this is its symmetric form.
     """
 
+    by_distance = True
+
     slopes: Any
 
     def score(self, score, q_pos, kv_pos, head):
@@ -64,6 +66,8 @@ class ALiBi(_PerHead):
 @dataclasses.dataclass(frozen=True)
 class KerpleLog(_PerHead):
     """score - r1 log(1 + r2 |i - j|), r1, r2 > 0 [H] (KERPLE; Chi et al. 2022, arXiv 2205.09921, eq. 3, logarithmic)."""
+
+    by_distance = True
 
     r1: Any
     r2: Any
@@ -77,6 +81,8 @@ class KerpleLog(_PerHead):
 @dataclasses.dataclass(frozen=True)
 class KerplePower(_PerHead):
     """score - r1 |i - j|^r2, r1 > 0, 0 < r2 <= 2 [H] (KERPLE; Chi et al. 2022, arXiv 2205.09921, eq. 3, power)."""
+
+    by_distance = True
 
     r1: Any
     r2: Any
@@ -95,6 +101,8 @@ class Sandwich(_PerHead):
 
     The inner product of two sinusoidal position embeddings of `dim` channels; ratios r [H], in the paper's code 8h/H, h = 1..H.
     """
+
+    by_distance = True
 
     ratios: Any
     dim: int = 128

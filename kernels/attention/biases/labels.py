@@ -16,6 +16,8 @@ from kernels.attention.biases.base import Bias
 class Clipped:
     """Label clip(j - i, -k, k) + k of key j and query i: 2k + 1 labels (Shaw et al. 2018, arXiv 1803.02155, section 3.2)."""
 
+    by_distance = True
+
     k: int
 
     def __call__(self, q_pos, kv_pos):
@@ -31,6 +33,8 @@ class T5Buckets:
     ones. Causal: all of them for keys at or before, later ones count as distance 0. Bucket limits are integers computed once,
     so that no platform's logarithm decides.
     """
+
+    by_distance = True
 
     num_buckets: int = 32
     max_distance: int = 128
@@ -72,7 +76,8 @@ class T5Buckets:
 class Bucketed(Bias):
     """score + table[h, rule(i, j)], table [H, R]: T5's relative position bias, which T5 adds to logits that it does not scale.
 
-    rule: a static, elementwise function of (q_pos, kv_pos) to labels in 0 .. R - 1.
+    rule: a static, elementwise function of (q_pos, kv_pos) to labels in 0 .. R - 1. Its attribute `by_distance`, if it has one,
+        says whether labels go by kv_pos - q_pos alone (`Bias.by_distance`).
     """
 
     gathers = True
@@ -80,11 +85,19 @@ class Bucketed(Bias):
     table: Any
     rule: Callable = T5Buckets()
 
+    @property
+    def by_distance(self) -> bool:
+        return getattr(self.rule, "by_distance", False)
+
     def axes(self):
         return [("H", None)]
 
     def score(self, score, q_pos, kv_pos, head):
         label = self.rule(q_pos, kv_pos)[:, 0]
+        if label.shape[:2] == (1, 1):  # of one query: a product, whose gradient needs no scattered additions
+            table, labels = self.table.astype(score.dtype), self.table.shape[1]
+            chosen = jax.nn.one_hot(jnp.clip(label[0, 0], 0, labels - 1), labels, axis=0, dtype=score.dtype)
+            return score + jnp.matmul(table, chosen, precision="highest")[None, :, None]
         return score + jnp.moveaxis(jnp.take(self.table.astype(score.dtype), label, axis=1, mode="clip"), 0, 1)
 
 

@@ -5,8 +5,9 @@ one warpgroup and read by others (`program`); products are wgmma's, with weights
 softmax is in base 2, and of two warpgroups one multiplies while the other is at its softmax (`forward`; Shah et al. 2024).
 Masks, their block tables and the dispatch are those of the portable kernels: tiles that a mask rules out are not visited, whole
 ones are not tested; where a kernel cannot evaluate the mask, the allowed pairs of a tile come with it, a byte each. Positions may
-be traced, so that a ring of devices may use the kernels. ALiBi is a rule in the kernel, no memory traffic. The backward pass is
-two kernels without atomics, deterministic (`backward`).
+be traced, so that a ring of devices may use the kernels. ALiBi is a rule in the kernel, no memory traffic; dense tables and rules
+that add by distance alone (T5, KERPLE, Sandwich, one's own) are read a tile at a time (`operands`). The backward pass is two
+kernels without atomics, deterministic (`backward`), and a third for what such a bias learns (`table`).
 
 What it lacks `why_not` names. It has not run on a GPU yet: numerics are checked in JAX's interpreter of these kernels on a CPU,
 with all barriers and copies, and each entry of the block table compiles for an H200 without spills (`python -m kernels.offline

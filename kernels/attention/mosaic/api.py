@@ -8,12 +8,13 @@ from kernels.attention.adjoint import differentiable
 from kernels.attention.call import Call, Spec
 from kernels.attention.mosaic.backward import backward
 from kernels.attention.mosaic.forward import forward
+from kernels.attention.mosaic.operands import EVALUATED
 from kernels.attention.mosaic.tiling import HEAD_SIZES, Blocks, is_stored, plan
 
 DTYPES = ("bfloat16", "float16")
 
-BIASES = ("ALiBi",)
-"""The rules on a score and two positions, with numbers of a head, that compile without spills; KERPLE's do not."""
+MAX_BIASED = 128
+"""The largest head size with biases: at 256 what a bias adds makes dk spill 60 bytes a thread and dq 8, ALiBi's slopes 44."""
 
 
 def why_not(spec: Spec) -> str | None:
@@ -28,7 +29,15 @@ def why_not(spec: Spec) -> str | None:
         "a mask that looks values up, differs by head, negates or is a Predicate must be evaluated before positions are known": (
             spec.traced_positions and is_stored(spec.mask)
         ),
-        f"of biases it has {', '.join(BIASES)}, not {spec.bias}": spec.bias not in (None, *BIASES),
+        f"of biases it has Dense, and rules that add by distance alone, not {spec.bias}": (
+            spec.bias not in (None, "Dense") and not spec.bias_by_distance
+        ),
+        f"the bias {spec.bias} must be evaluated before positions are known": (
+            spec.traced_positions and spec.bias_by_distance and spec.bias not in EVALUATED
+        ),
+        f"it has biases up to head size {MAX_BIASED}, not {spec.head_dim}, where their gradients spill registers": (
+            spec.bias is not None and spec.head_dim > MAX_BIASED
+        ),
         "it has no dropout": spec.dropout,
     }
     return next((reason for reason, applies in reasons.items() if applies), None)
@@ -37,7 +46,7 @@ def why_not(spec: Spec) -> str | None:
 def attend(
     call: Call, blocks: dict[str, Blocks] | None = None, interpret: bool | None = None
 ) -> tuple[Float[Array, "B L H D"], Float[Array, "B L H"]]:
-    """The same function as `reference.attend`. Memory O(B H (L + S) D); deterministic.
+    """The same function as `reference.attend`. Memory O(B H (L + S) D), and twice that of a table; deterministic.
 
     Args:
       blocks: block sizes of each pass, in place of the device's table.

@@ -6,7 +6,6 @@ and go back from there, and dk and dv of grouped heads add up where they are.
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -16,14 +15,28 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
 from kernels.attention.adjoint import Rows
-from kernels.attention.biases import Axes
+from kernels.attention.biases import Axes, Bias
 from kernels.attention.call import Call
+from kernels.attention.mosaic import table
 from kernels.attention.mosaic.machine import machine
-from kernels.attention.mosaic.program import Ring, launch, load, matrix, pattern_buffers, run_roles, stored, vector, walk
+from kernels.attention.mosaic.operands import added_to, in_base_2, pad
+from kernels.attention.mosaic.program import (
+    Ring,
+    apart,
+    launch,
+    load,
+    matrix,
+    of_pairs,
+    pair_buffers,
+    run_roles,
+    store,
+    stored,
+    vector,
+    walk,
+)
 from kernels.attention.mosaic.tile import Tile, of_bias, of_keys, of_queries, vectors
-from kernels.attention.mosaic.tiling import Plan, Tiling, is_stored, pad
+from kernels.attention.mosaic.tiling import Plan, Tiling, is_stored
 from kernels.attention.portable import lists
-from kernels.attention.portable.tiling import pad_axis
 
 
 def backward(plan: Plan, call: Call, rows: Rows) -> dict[str, Array]:
@@ -31,10 +44,15 @@ def backward(plan: Plan, call: Call, rows: Rows) -> dict[str, Array]:
     dk, dv = run_dkv(plan.dkv, call, rows)
     dq, *by_row = run_dq(plan.dq, call, rows)
     L, S = call.q.shape[1], call.k.shape[1]
-    leaves, structure = jax.tree.flatten(call.bias)
-    axes = [] if call.bias is None else call.bias.axes()
-    dbias = [_summed(x, leaf, at) for x, leaf, at in zip(by_row, leaves, axes, strict=True)]
-    return {"q": dq[:, :L], "k": dk[:, :S], "v": dv[:, :S], "bias": jax.tree.unflatten(structure, dbias)}
+    dbias = table.gradient(plan.table, call, rows) if added_to(call) else _of_bias(by_row, call.bias)
+    return {"q": dq[:, :L], "k": dk[:, :S], "v": dv[:, :S], "bias": dbias}
+
+
+def _of_bias(by_row: list[Array], bias: Bias | None) -> Bias | None:
+    """The gradients of arrays of one number a head."""
+    leaves, structure = jax.tree.flatten(bias)
+    axes = [] if bias is None else bias.axes()
+    return jax.tree.unflatten(structure, [_summed(x, leaf, at) for x, leaf, at in zip(by_row, leaves, axes, strict=True)])
 
 
 def _summed(by_row: Array, leaf: Array, at: Axes) -> Array:
@@ -46,21 +64,21 @@ def _summed(by_row: Array, leaf: Array, at: Axes) -> Array:
 
 def run_dkv(tiling: Tiling, call: Call, rows: Rows) -> list[Array]:
     """dk and dv, padded."""
-    padded = pad(call, tiling)
+    padded = pad(call, tiling, transposed=True)
     listed = stored(lists.by_column(call, tiling, stored=is_stored(call.mask)), tiling, transposed=True)
     (B, _, G, D), dtype, blocks = padded.k.shape, call.k.dtype, tiling.blocks
     out = [jax.ShapeDtypeStruct(padded.k.shape, dtype)] * 2
     integers = [jnp.int32] * vectors(padded)
-    own = [matrix(blocks.owners, blocks.own, D, dtype=dtype)] * 2
+    own = [matrix(blocks.owners, blocks.own, D, dtype=dtype, swizzle=blocks.swizzle)] * 2
     own += [vector(blocks.owners, blocks.own, dtype=kind) for kind in integers]
     loaded = plgpu.Barrier(num_barriers=blocks.owners, num_arrivals=len(own))
-    tiles = [matrix(blocks.stages, blocks.visited, D, dtype=dtype)] * 2
+    tiles = [matrix(blocks.stages, blocks.visited, D, dtype=dtype, swizzle=blocks.swizzle)] * 2
     tiles += [vector(blocks.stages, blocks.visited, dtype=kind) for kind in (jnp.float32, jnp.float32, *integers)]
-    tiles += pattern_buffers(listed, tiling)
+    tiles += pair_buffers(padded, listed, tiling)
     scratch = [[own, loaded, plgpu.Barrier(num_arrivals=2)], Ring.scratch(tiling, tiles)]
     grid = {"group": G, "line": tiling.columns, "batch": B}
     kernel = functools.partial(_dkv_kernel, tiling)
-    return launch(kernel, "dkv", tiling, grid, out, scratch, padded, _in_base_2(rows, tiling), listed)
+    return launch(kernel, "dkv", tiling, grid, out, scratch, padded, in_base_2(rows, tiling), listed)
 
 
 def _dkv_kernel(tiling: Tiling, operands, outputs, scratch):
@@ -76,7 +94,8 @@ def _dkv_kernel(tiling: Tiling, operands, outputs, scratch):
             queries = pl.ds(row * tiling.q_tile, tiling.q_tile)
             of_tile, of_row = (b, queries, head), (b, head, queries)
             refs = [call.q.at[of_tile], rows.do.at[of_tile], rows.lse.at[of_row], rows.delta.at[of_row]]
-            ring.fill(n, stages, [*refs, *of_queries(call, b, queries), *pattern])
+            pairs = of_pairs(call, tiling, pattern, b, head, column, row)
+            ring.fill(n, stages, [*refs, *of_queries(call, b, queries), *pairs])
 
         n, _ = of_heads(visit, None)
         ring.drain(n, stages)
@@ -100,10 +119,9 @@ def _dkv_kernel(tiling: Tiling, operands, outputs, scratch):
 
         def visit(head, n, row, pattern, tested, carry):
             [slot] = ring.slot(n, stages)
-            *refs, allowed = slot.wait() if pattern else [*slot.wait(), None]
+            refs, pairs = apart(call, tiling, slot.wait(), pattern, owner)
             of_tile = integers, [gpu.load(ref, 1) for ref in refs[4:]]
-            allowed = allowed.at[owner] if pattern else None
-            tile = Tile(gpu, tiling, call, head, row * tiling.q_tile, key, tested, of_tile, allowed, transposed=True)
+            tile = Tile(gpu, tiling, call, head, row * tiling.q_tile, key, tested, of_tile, transposed=True, **pairs)
             carry = _visit_queries(gpu, tile, of_bias(call, b, head), k, v, refs, carry)
             slot.release()
             return carry
@@ -114,7 +132,7 @@ def _dkv_kernel(tiling: Tiling, operands, outputs, scratch):
             plgpu.barrier_arrive(keys[2])
             plgpu.barrier_wait(keys[2])
         results = zip(sums, (call.scale, 1), (k, v), outputs, strict=True)
-        _store(*((x * factor, ref, out.at[at]) for x, factor, ref, out in results if x is not None))
+        store(*((x * factor, ref, out.at[at]) for x, factor, ref, out in results if x is not None))
 
     run_roles(gpu, tiling, produce, consume)
 
@@ -135,6 +153,12 @@ def _visit_queries(gpu, tile: Tile, bias, k, v, refs, carry):
     """dk and dv, those that are not None, after one tile, whose rows are keys."""
     dk, dv = carry
     q, do, lse, delta = refs[:4]
+
+    def of_weights():
+        """The gradient of the weights, less delta."""
+        return gpu.add_transposed(lax.broadcast_in_dim(-gpu.load(delta, 1), (k.shape[0], q.shape[0]), [1]), v, do)
+
+    dp = lax.optimization_barrier(of_weights()) if dv is None else None  # first: between scores and ds it holds more registers
     s, pullback = tile.scores(gpu.product(k, q), bias)
     p = jnp.exp2(s - lax.broadcast_in_dim(gpu.load(lse, 1), s.shape, [1]))
     weights = p.astype(tile.call.q.dtype)
@@ -143,7 +167,7 @@ def _visit_queries(gpu, tile: Tile, bias, k, v, refs, carry):
     if dv is not None:
         dv = gpu.add_product(dv, weights, do)
     if dk is not None:
-        ds = p * gpu.add_transposed(lax.broadcast_in_dim(-gpu.load(delta, 1), s.shape, [1]), v, do)
+        ds = p * (of_weights() if dp is None else dp)
         dk = gpu.add_product(dk, ds.astype(tile.call.q.dtype), q)
     return dk, dv
 
@@ -153,17 +177,17 @@ def run_dq(tiling: Tiling, call: Call, rows: Rows) -> list[Array]:
     padded, listed = pad(call, tiling), stored(lists.by_row(call, tiling, stored=is_stored(call.mask)), tiling)
     (B, L, H, D), dtype, blocks = padded.q.shape, call.q.dtype, tiling.blocks
     integers = [jnp.int32] * vectors(padded)
-    own = [matrix(blocks.consumers, blocks.own, D, dtype=dtype)] * 2
+    own = [matrix(blocks.consumers, blocks.own, D, dtype=dtype, swizzle=blocks.swizzle)] * 2
     own += [vector(blocks.consumers, blocks.own, dtype=kind) for kind in (jnp.float32, jnp.float32, *integers)]
     loaded = plgpu.Barrier(num_barriers=blocks.consumers, num_arrivals=len(own))
-    tiles = [matrix(blocks.stages, blocks.visited, D, dtype=dtype)] * 2
-    tiles += [vector(blocks.stages, blocks.visited, dtype=kind) for kind in integers] + pattern_buffers(listed, tiling)
-    sums = [vector(blocks.consumers, blocks.own) for _ in jax.tree.leaves(call.bias)]
+    tiles = [matrix(blocks.stages, blocks.visited, D, dtype=dtype, swizzle=blocks.swizzle)] * 2
+    tiles += [vector(blocks.stages, blocks.visited, dtype=kind) for kind in integers] + pair_buffers(padded, listed, tiling)
+    sums = [] if added_to(call) else [vector(blocks.consumers, blocks.own) for _ in jax.tree.leaves(call.bias)]
     scratch = [[own, loaded, sums], Ring.scratch(tiling, tiles)]
     out = [jax.ShapeDtypeStruct(padded.q.shape, dtype), *(jax.ShapeDtypeStruct((B, H, L), jnp.float32) for _ in sums)]
     grid = {"head": H, "line": tiling.rows, "batch": B}
     kernel = functools.partial(_dq_kernel, tiling)
-    return launch(kernel, "dq", tiling, grid, out, scratch, padded, _in_base_2(rows, tiling), listed)
+    return launch(kernel, "dq", tiling, grid, out, scratch, padded, in_base_2(rows, tiling), listed)
 
 
 def _dq_kernel(tiling: Tiling, operands, outputs, scratch):
@@ -179,7 +203,8 @@ def _dq_kernel(tiling: Tiling, operands, outputs, scratch):
         def visit(n, column, pattern, tested, carry):
             keys = pl.ds(column * tiling.kv_tile, tiling.kv_tile)
             at = (b, keys, group)
-            ring.fill(n, stages, [call.k.at[at], call.v.at[at], *of_keys(call, b, keys), *pattern])
+            pairs = of_pairs(call, tiling, pattern, b, head, row, column)
+            ring.fill(n, stages, [call.k.at[at], call.v.at[at], *of_keys(call, b, keys), *pairs])
 
         n, _ = walk(listed, head, row, visit, (jnp.int32(0), None))
         ring.drain(n, stages)
@@ -191,16 +216,15 @@ def _dq_kernel(tiling: Tiling, operands, outputs, scratch):
         of_tile, of_row = (b, own, head), (b, head, own)
         sources = [call.q.at[of_tile], rows.do.at[of_tile], rows.lse.at[of_row], rows.delta.at[of_row]]
         load(loaded, list(zip(sources + of_queries(call, b, own), buffers, strict=True)))
-        q, do, *along = buffers
-        lse, delta, *integers = (gpu.load(ref, 0) for ref in along)
+        q, do, lse, delta, *integers = buffers
+        integers = [gpu.load(ref, 0) for ref in integers]
         bias = [gpu.full((tiling.blocks.own,), number) for number in of_bias(call, b, head)]
 
         def visit(n, column, pattern, tested, carry):
             [slot] = ring.slot(n, stages)
-            k, v, *along = slot.wait()
-            allowed = along.pop().at[consumer] if pattern else None
+            (k, v, *along), pairs = apart(call, tiling, slot.wait(), pattern, consumer)
             vectors = integers, [gpu.load(ref, 1) for ref in along]
-            tile = Tile(gpu, tiling, call, head, query, column * tiling.kv_tile, tested, vectors, allowed)
+            tile = Tile(gpu, tiling, call, head, query, column * tiling.kv_tile, tested, vectors, **pairs)
             carry = _visit_keys(gpu, tile, bias, (q, do, lse, delta), (k, v), carry)
             slot.release()
             return carry
@@ -208,7 +232,7 @@ def _dq_kernel(tiling: Tiling, operands, outputs, scratch):
         zeros = gpu.full(q.shape, 0.0), [gpu.full((tiling.blocks.own,), 0.0) for _ in bias]
         _, (dq, dbias) = walk(listed, head, row, visit, (jnp.int32(0), zeros))
         sums = zip(dbias, queries[2], outputs[1:], strict=True)
-        _store((dq * call.scale, q, outputs[0].at[of_tile]), *((x, ref.at[consumer], out.at[of_row]) for x, ref, out in sums))
+        store((dq * call.scale, q, outputs[0].at[of_tile]), *((x, ref.at[consumer], out.at[of_row]) for x, ref, out in sums))
 
     run_roles(gpu, tiling, produce, consume)
 
@@ -216,29 +240,14 @@ def _dq_kernel(tiling: Tiling, operands, outputs, scratch):
 def _visit_keys(gpu, tile: Tile, bias, of_queries, of_keys, carry):
     """dq and the bias's gradients after one tile, whose rows are queries."""
     (dq, dbias), (q, do, lse, delta), (k, v) = carry, of_queries, of_keys
+    dp = gpu.add_transposed(lax.broadcast_in_dim(-gpu.load(delta, 0), (do.shape[0], v.shape[0]), [0]), do, v)
+    dp = lax.optimization_barrier(dp)  # first: between scores and ds it holds more registers
     s, pullback = tile.scores(gpu.product(q, k), bias)
-    p = jnp.exp2(s - lax.broadcast_in_dim(lse, s.shape, [0]))
+    p = jnp.exp2(s - lax.broadcast_in_dim(gpu.load(lse, 0), s.shape, [0]))
     if pullback is not None and not bias:  # used up before the next product
         p = pullback(p)[0]
-    ds = p * (gpu.product(do, v) - lax.broadcast_in_dim(delta, s.shape, [0]))
+    ds = p * dp
     if bias:
         ds, more = pullback(ds)
         dbias = [total + x for total, x in zip(dbias, more, strict=True)]
     return gpu.add_product(dq, ds.astype(tile.call.q.dtype), k), dbias
-
-
-def _in_base_2(rows: Rows, tiling: Tiling) -> Rows:
-    """`rows` in whole tiles, lse in units of log 2; rows that are added have no weights, exp2(s - inf)."""
-    L = tiling.padded["L"]
-    lse = pad_axis(rows.lse * math.log2(math.e), 2, L, jnp.inf)
-    return Rows(pad_axis(rows.do, 1, L), lse, pad_axis(rows.delta, 2, L))
-
-
-def _store(*triples) -> None:
-    """Write each (matrix, buffer, target) through its buffer to global memory."""
-    for value, buffer, _ in triples:
-        buffer[...] = value.astype(buffer.dtype)
-    plgpu.commit_smem()
-    for _, buffer, target in triples:
-        plgpu.copy_smem_to_gmem(buffer, target)
-    plgpu.wait_smem_to_gmem(0)

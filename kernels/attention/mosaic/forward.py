@@ -16,9 +16,22 @@ from jaxtyping import Array, Float
 
 from kernels.attention.call import Call
 from kernels.attention.mosaic.machine import machine
-from kernels.attention.mosaic.program import Ring, launch, load, matrix, pattern_buffers, run_roles, stored, vector, walk
+from kernels.attention.mosaic.operands import pad
+from kernels.attention.mosaic.program import (
+    Ring,
+    apart,
+    launch,
+    load,
+    matrix,
+    of_pairs,
+    pair_buffers,
+    run_roles,
+    stored,
+    vector,
+    walk,
+)
 from kernels.attention.mosaic.tile import Tile, of_bias, of_keys, of_queries, vectors
-from kernels.attention.mosaic.tiling import Tiling, is_stored, pad
+from kernels.attention.mosaic.tiling import Tiling, is_stored
 from kernels.attention.portable import lists
 
 
@@ -35,7 +48,7 @@ def run_forward(tiling: Tiling, call: Call) -> list[Array]:
     blocks = tiling.blocks
     out = [jax.ShapeDtypeStruct((B, L, H, D), dtype), jax.ShapeDtypeStruct((B, H, L), jnp.float32)]
     integers = vectors(padded)
-    own = [matrix(blocks.consumers, blocks.own, D, dtype=dtype)]
+    own = [matrix(blocks.consumers, blocks.own, D, dtype=dtype, swizzle=blocks.swizzle)]
     own += [vector(blocks.consumers, blocks.own, dtype=jnp.int32)] * integers
     scratch = [
         own,
@@ -43,8 +56,8 @@ def run_forward(tiling: Tiling, call: Call) -> list[Array]:
         plgpu.Barrier(num_barriers=blocks.consumers, num_arrivals=len(own)),
         plgpu.Barrier(num_arrivals=2),
     ]
-    tile = matrix(blocks.stages, blocks.visited, D, dtype=dtype)
-    with_keys = [vector(blocks.stages, blocks.visited, dtype=jnp.int32)] * integers + pattern_buffers(listed, tiling)
+    tile = matrix(blocks.stages, blocks.visited, D, dtype=dtype, swizzle=blocks.swizzle)
+    with_keys = [vector(blocks.stages, blocks.visited, dtype=jnp.int32)] * integers + pair_buffers(padded, listed, tiling)
     grid = {"head": H, "line": tiling.rows, "batch": B}
     kernel = functools.partial(_kernel, tiling)
     return launch(
@@ -65,7 +78,8 @@ def _kernel(tiling: Tiling, operands, outputs, scratch):
         def visit(n, column, pattern, tested, carry):
             keys = pl.ds(column * tiling.kv_tile, tiling.kv_tile)
             of_k, of_v = (x.at[b, keys, group] for x in (call.k, call.v))
-            ring.fill(n, tiling.blocks.stages, [of_k, *of_keys(call, b, keys), *pattern], [of_v])
+            pairs = of_pairs(call, tiling, pattern, b, head, row, column)
+            ring.fill(n, tiling.blocks.stages, [of_k, *of_keys(call, b, keys), *pairs], [of_v])
 
         n, _ = walk(listed, head, row, visit, (jnp.int32(0), None))
         ring.drain(n, tiling.blocks.stages)
@@ -89,16 +103,15 @@ def _consume(gpu, tiling: Tiling, call: Call, listed: lists.Lists, outputs, rows
 
     def visit(n, column, pattern, tested, carry):
         of_k, of_v = ring.slot(n, tiling.blocks.stages)
-        k, *along = of_k.wait()
-        allowed = along.pop().at[consumer] if pattern else None
+        (k, *along), pairs = apart(call, tiling, of_k.wait(), pattern, consumer)
         of_tile = integers, [gpu.load(ref, 1) for ref in along]
-        tile = Tile(gpu, tiling, call, head, query, column * tiling.kv_tile, tested, of_tile, allowed)
+        tile = Tile(gpu, tiling, call, head, query, column * tiling.kv_tile, tested, of_tile, **pairs)
         products = gpu.product(q, k)
         turn.swap()
-        if not pattern:
+        if not pairs:
             of_k.release()
         *statistics, acc, weights = _online_softmax(tile, products, bias, *carry)
-        if pattern:
+        if pairs:
             of_k.release()
         turn.finish()
         acc = gpu.add_product(acc, weights, *of_v.wait())
@@ -123,7 +136,7 @@ def _online_softmax(tile: Tile, products, bias, m, l, acc):
     """m, l and acc rescaled for this tile's scores, and the tile's weights (Milakov & Gimelshein 2018), in base 2."""
     s, _ = tile.scores(products, bias)
     m_new = jnp.maximum(m, s.max(axis=1))
-    shift = jnp.where(m_new == -jnp.inf, 0, m_new) if tile.tested else m_new
+    shift = jnp.where(m_new == -jnp.inf, 0, m_new) if tile.tested or tile.added is not None else m_new
     p = jnp.exp2(s - lax.broadcast_in_dim(shift, s.shape, [0]))
     rescale = jnp.exp2(m - shift)
     l = rescale * l + p.sum(axis=1)

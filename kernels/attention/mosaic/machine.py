@@ -32,9 +32,9 @@ class Hopper:
         """A vector from shared memory, along the rows (axis 0) or the columns (axis 1) of a matrix."""
         return compat.mosaic_load(ref, self.across if axis else self.vector)
 
-    def load_matrix(self, ref) -> jax.Array:
-        """A matrix of bytes from shared memory, as integers."""
-        return compat.mosaic_load(ref, self.matrix).astype(jnp.int32)
+    def load_matrix(self, ref, dtype) -> jax.Array:
+        """A matrix from shared memory, in another type."""
+        return compat.mosaic_load(ref, self.matrix).astype(dtype)
 
     def product(self, a, b) -> jax.Array:
         """a b^T in float32, of references to shared memory."""
@@ -70,8 +70,8 @@ class Interpreted:
     def load(self, ref, axis):
         return ref[...]
 
-    def load_matrix(self, ref):
-        return ref[...].astype(jnp.int32)
+    def load_matrix(self, ref, dtype):
+        return ref[...].astype(dtype)
 
     def product(self, a, b):
         return _dot(a[...], b[...], 1)

@@ -18,6 +18,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels import compat
+from kernels.attention.call import Call
+from kernels.attention.mosaic.operands import Added
 from kernels.attention.mosaic.tiling import REGISTERS, Tiling
 from kernels.attention.portable.lists import Lists
 
@@ -25,10 +27,10 @@ SWIZZLE = 128
 """Bytes of a swizzled row; tiles of shared memory are 8 rows of so many bytes, as wgmma reads them."""
 
 
-def matrix(*shape: int, dtype) -> Any:
-    """A buffer in shared memory for operands of wgmma."""
-    columns = SWIZZLE // jnp.dtype(dtype).itemsize
-    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(SWIZZLE)))
+def matrix(*shape: int, dtype, swizzle: int = SWIZZLE) -> Any:
+    """A buffer in shared memory for operands of wgmma, or for what is read in its layout."""
+    columns = swizzle // jnp.dtype(dtype).itemsize
+    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(swizzle)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +105,16 @@ def load(barrier, pairs: Sequence[tuple[Any, Any]], copies: bool = True) -> None
     plgpu.barrier_wait(barrier)
 
 
+def store(*triples) -> None:
+    """Write each (matrix, buffer, target) through its buffer to global memory."""
+    for value, buffer, _ in triples:
+        buffer[...] = value.astype(buffer.dtype)
+    plgpu.commit_smem()
+    for _, buffer, target in triples:
+        plgpu.copy_smem_to_gmem(buffer, target)
+    plgpu.wait_smem_to_gmem(0)
+
+
 def stored(listed: Lists, tiling: Tiling, *, transposed: bool = False) -> Lists:
     """The lists with their patterns [patterns, owners, own, visited], keys by queries if `transposed`."""
     if listed.stored is None:
@@ -112,10 +124,36 @@ def stored(listed: Lists, tiling: Tiling, *, transposed: bool = False) -> Lists:
     return dataclasses.replace(listed, stored=patterns.reshape(-1, blocks.owners, blocks.own, blocks.visited))
 
 
+def pair_buffers(call: Call, listed: Lists, tiling: Tiling) -> list:
+    """What to allocate in the ring for what comes with each pair: a stored pattern, and what a bias adds, if there are any."""
+    blocks = tiling.blocks
+    shape = blocks.stages, blocks.owners * blocks.own, blocks.visited
+    added = [added_buffer(call.bias, *shape)] if isinstance(call.bias, Added) else []
+    return [*pattern_buffers(listed, tiling), *added]
+
+
 def pattern_buffers(listed: Lists, tiling: Tiling) -> list:
-    """What to allocate in the ring for stored patterns, if there are any."""
     shape = tiling.blocks.stages, tiling.blocks.owners, tiling.blocks.own, tiling.blocks.visited
     return [] if listed.stored is None else [plgpu.SMEM(shape, jnp.int8)]
+
+
+def added_buffer(bias: Added, *shape: int) -> Any:
+    dtype = bias.numbers.dtype
+    return matrix(*shape, dtype=dtype, swizzle=min(SWIZZLE, shape[-1] * dtype.itemsize))
+
+
+def of_pairs(call: Call, tiling: Tiling, pattern: list, b, head, own, visited) -> list:
+    """References to what comes with each pair of a tile, by its number along each side."""
+    return [*pattern, *([call.bias.of_tile(tiling, b, head, own, visited)] if isinstance(call.bias, Added) else [])]
+
+
+def apart(call: Call, tiling: Tiling, refs: Sequence[Any], pattern: list, owner) -> tuple[list, dict[str, Any]]:
+    """The buffers of a visit without what comes with each pair, and that, of one owner's rows, as fields of a `Tile`."""
+    own = tiling.blocks.own
+    at = {"stored": owner} if pattern else {}
+    at |= {"added": pl.ds(owner * own, own)} if isinstance(call.bias, Added) else {}
+    count = len(refs) - len(at)
+    return list(refs[:count]), {name: ref.at[rows] for (name, rows), ref in zip(at.items(), refs[count:], strict=True)}
 
 
 def walk(listed: Lists, head, line, visit: Callable, state):

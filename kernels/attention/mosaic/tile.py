@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from kernels.attention.call import Call
+from kernels.attention.mosaic.operands import Added
 from kernels.attention.mosaic.tiling import Tiling
 
 LOG2E = math.log2(math.e)
@@ -22,7 +23,8 @@ class Tile:
     """The scores of queries from `query` on with keys from `key` on, as indices; `transposed`: keys are the rows.
 
     Where not `tested`, every pair is allowed. vectors: what `of_queries` and `of_keys` name, along the rows and along the columns
-    of the tile. stored: a reference to the allowed pairs, where the mask is not evaluated here.
+    of the tile. stored: a reference to the allowed pairs, where the mask is not evaluated here. added: one to what the bias adds,
+    where its rule is not.
     """
 
     machine: Any
@@ -34,6 +36,7 @@ class Tile:
     tested: bool
     vectors: tuple[Sequence[jax.Array], Sequence[jax.Array]] = ((), ())
     stored: Any = None
+    added: Any = None
     transposed: bool = False
 
     def scores(self, products: jax.Array, bias: Sequence[jax.Array] = ()) -> tuple[jax.Array, Pullback | None]:
@@ -50,6 +53,9 @@ class Tile:
             s, derivative = t * (cap * unit), 1 - t * t
         if self.call.bias is None:
             return self._masked(s), None if derivative is None else lambda ds: (ds * derivative, ())
+        if self.added is not None:
+            s = s + self.machine.load_matrix(self.added, jnp.float32)
+            return self._masked(s * LOG2E), None if derivative is None else lambda ds: (ds * derivative, ())
         by_row = [leaf for leaf in bias if leaf.ndim]
         s, through_bias = jax.vjp(lambda s, by_row: self._biased(s, by_row or bias), s, by_row)
 
@@ -71,7 +77,7 @@ class Tile:
         if self.stored is None:
             allowed = self.call.mask.allowed(*self._positions(shape))
         else:
-            allowed = self.machine.load_matrix(self.stored) != 0
+            allowed = self.machine.load_matrix(self.stored, jnp.int32) != 0
         if self.tiling.S % self.tiling.kv_tile:
             inside = self._indices(shape)[1] < self.tiling.S
             allowed = inside if allowed is True else allowed & inside
@@ -113,7 +119,9 @@ def _of_row(arrays: Sequence[Any], b, at) -> list:
 
 
 def of_bias(call: Call, b, head) -> list[jax.Array]:
-    """This batch row's and head's number of each array of the bias."""
+    """This batch row's and head's number of each array of a bias whose rule is evaluated."""
+    if call.bias is None or isinstance(call.bias, Added):
+        return []
     index = {"B": b, "H": head}
-    leaves = zip(jax.tree.leaves(call.bias), [] if call.bias is None else call.bias.axes(), strict=True)
+    leaves = zip(jax.tree.leaves(call.bias), call.bias.axes(), strict=True)
     return [leaf[tuple(index[name] if n > 1 else 0 for name, n in zip(at, leaf.shape))] for leaf, at in leaves]

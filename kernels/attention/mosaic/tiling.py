@@ -3,19 +3,16 @@
 import dataclasses
 from typing import NamedTuple
 
-import jax.numpy as jnp
-
 from kernels import devices
 from kernels.attention import masks
 from kernels.attention.call import Call
 from kernels.attention.portable import lists
-from kernels.attention.portable import tiling as portable
 from kernels.attention.portable.tiling import Cut
 
-HEAD_SIZES = (64, 128)
-"""Head sizes with entries in every block table."""
+HEAD_SIZES = (64, 128, 256)
+"""Head sizes with entries in the block table of each pass; that of what biases add, where there are biases."""
 
-PASSES = ("forward", "dkv", "dq")
+PASSES = ("forward", "dkv", "dq", "table")
 
 REGISTERS = {2: (240, 24), 3: (160, 32)}
 """By the number of consumers: registers that each thread of a consumer may have, and of the producer; 64 Ki a processor."""
@@ -38,6 +35,11 @@ class Blocks(NamedTuple):
     split: bool = False
 
     @property
+    def swizzle(self) -> int:
+        """Bytes of a swizzled row of operands of wgmma, no more than a row of the visited side has where it is summed over."""
+        return min(128, 2 * self.visited)
+
+    @property
     def owners(self) -> int:
         """How many warpgroups have rows of their own."""
         return 1 if self.split else self.consumers
@@ -58,11 +60,12 @@ class Tiling(Cut):
 
 
 class Plan(NamedTuple):
-    """The tilings of the forward pass, of the pass for dk and dv, and of that for dq."""
+    """The tilings of the forward pass, of those for dk and dv, and for dq, and of that for the gradient of what a bias adds."""
 
     forward: Tiling
     dkv: Tiling
     dq: Tiling
+    table: Tiling | None
 
 
 def plan(call: Call, interpret: bool, blocks: dict[str, Blocks] | None = None) -> Plan:
@@ -70,7 +73,7 @@ def plan(call: Call, interpret: bool, blocks: dict[str, Blocks] | None = None) -
     L, S = call.q.shape[1], call.k.shape[1]
     head_size = max(call.q.shape[3], call.v.shape[3])
 
-    sizes = blocks or {name: entries[head_size] for name, entries in table(devices.here()).items()}
+    sizes = blocks or {name: entries[head_size] for name, entries in table(devices.here()).items() if head_size in entries}
 
     def tiling(name: str) -> Tiling:
         size = _relieved(name, sizes[name], head_size, call)
@@ -78,15 +81,15 @@ def plan(call: Call, interpret: bool, blocks: dict[str, Blocks] | None = None) -
         q_tile, kv_tile = (visited, own) if name == "dkv" else (own, visited)
         return Tiling(q_tile, kv_tile, L, S, size, interpret)
 
-    return Plan(tiling("forward"), tiling("dkv"), tiling("dq"))
+    return Plan(*(tiling(name) if name in sizes else None for name in PASSES))
 
 
 def _relieved(name: str, size: Blocks, head_size: int, call: Call) -> Blocks:
     """The blocks for a call whose scores hold more registers through the products than those of the table do."""
     if name == "dkv" and head_size > 64 and size.consumers == 2 and call.softcap is not None:
-        return size._replace(split=True)  # their derivative takes those of one sum
-    if name == "dq" and call.bias is not None:
-        return size._replace(visited=min(size.visited, 64))  # as do the distances, for the slopes' gradient
+        size = size._replace(split=True)  # their derivative takes those of one sum
+    if call.bias is not None:
+        size = size._replace(visited=min(size.visited, 64))  # its numbers, or the distances for their gradient, take some too
     return size
 
 
@@ -98,10 +101,3 @@ def is_stored(mask: masks.Mask) -> bool:
 def _holds(mask: masks.Mask, kinds: tuple[type, ...]) -> bool:
     """Whether the mask is of such a kind, or combines one that is."""
     return isinstance(mask, kinds) or any(_holds(part, kinds) for part in getattr(mask, "parts", ()))
-
-
-def pad(call: Call, tiling: Cut) -> Call:
-    """The call in whole tiles, with 32-bit segment ids and positions, and nothing that only lists need."""
-    padded = portable.pad(call, tiling)
-    ids = {name: x if (x := getattr(padded, name)) is None else x.astype(jnp.int32) for name in ("q_segments", "kv_segments")}
-    return dataclasses.replace(padded, spans=None, **ids)

@@ -60,17 +60,22 @@ class _Verdicts:
 
 def by_row(call: Call, tiling: Cut, *, stored: bool | None = None) -> Lists:
     """A line is a row of tiles, an entry a column. stored: as in `is_stored`, which decides where it is None."""
-    return _of_call(call, tiling, (0, 1, 2), stored)
+    return _of_call(call, tiling, (1, 0), (0, 1), stored)
 
 
 def by_column(call: Call, tiling: Cut, *, stored: bool | None = None) -> Lists:
     """A line is a column of tiles, an entry a row; stored patterns are still queries by keys."""
-    return _of_call(call, tiling, (0, 2, 1), stored)
+    return _of_call(call, tiling, (0, 1), (1, 0), stored)
 
 
 def by_tile(call: Call, tiling: Cut) -> Lists:
     """A line is a single tile, row * columns + column; it has one entry, 0, or none."""
-    return _of_call(call, tiling, None, None)
+    return _of_call(call, tiling, (tiling.columns, 1), (0, 0), None)
+
+
+def by_line(call: Call, tiling: Cut, line: tuple[int, int], *, stored: bool | None = None) -> Lists:
+    """A line is the tiles of one line[0] row + line[1] column, counted from the least; an entry is row * columns + column."""
+    return _of_call(call, tiling, line, (tiling.columns, 1), stored)
 
 
 def is_stored(mask: Mask) -> bool:
@@ -78,11 +83,11 @@ def is_stored(mask: Mask) -> bool:
     return mask.needs_table or len(masks.of_heads(mask)) > 1
 
 
-def _of_call(call: Call, tiling: Cut, order: tuple[int, int, int] | None, stored: bool | None) -> Lists:
+def _of_call(call: Call, tiling: Cut, line: tuple[int, int], entry: tuple[int, int], stored: bool | None) -> Lists:
     given = call.q_positions is not None or call.kv_positions is not None
     variants = None if call.spans is None else call.spans.variants
     key = call.mask, tiling.L, tiling.S, tiling.q_tile, tiling.kv_tile, given, variants, call.q_segments is not None
-    found = _lists(*key, is_stored(call.mask) if stored is None else stored, order=order)
+    found = _lists(*key, is_stored(call.mask) if stored is None else stored, line=line, entry=entry)
     if variants is None:
         return found
     heads = found.heads // len(variants)
@@ -91,29 +96,30 @@ def _of_call(call: Call, tiling: Cut, order: tuple[int, int, int] | None, stored
 
 
 @functools.lru_cache(maxsize=256)
-def _lists(*key, order: tuple[int, int, int] | None) -> Lists:
+def _lists(*key, line: tuple[int, int], entry: tuple[int, int]) -> Lists:
     verdicts = _verdicts(*key)
-
-    def lines(x):
-        return x.reshape(x.shape[0], -1, 1) if order is None else x.transpose(order)
-
-    visited, tested = lines(verdicts.visited), lines(verdicts.tested)
+    row, column = np.indices(verdicts.visited.shape[1:]).reshape(2, -1)
+    line_of, entry_of = (a * row + b * column for a, b in (line, entry))
+    line_of -= line_of.min()
+    visited, tested = (x.reshape(len(x), -1) for x in (verdicts.visited, verdicts.tested))
     rank = np.where(visited, tested.astype(int), 2)  # 0 free, 1 tested, 2 left out
-    entries = np.argsort(rank, axis=-1, kind="stable")
-    is_listed = np.take_along_axis(rank, entries, axis=-1) < 2
-    counts = visited.sum(axis=-1)
-    ends = np.cumsum(counts).reshape(counts.shape)
-    starts = ends - counts
-    bounds = np.stack([starts, starts + (visited & ~tested).sum(axis=-1), ends], axis=-1).astype(np.int32)
+    order = np.argsort(3 * line_of + rank, axis=-1, kind="stable")
+    is_listed = np.take_along_axis(rank, order, axis=-1) < 2
+
+    def count(which):
+        return np.stack([np.bincount(line_of[tiles_], minlength=line_of.max() + 1) for tiles_ in which])
 
     def flat(x):
-        return np.append(x[is_listed], 0).astype(np.int32)  # never empty: a kernel's operand has at least one element
+        listed = np.take_along_axis(np.broadcast_to(x, rank.shape), order, axis=-1)[is_listed]
+        return np.append(listed, 0).astype(np.int32)  # never empty: a kernel's operand has at least one element
 
-    patterns = None
-    if verdicts.patterns is not None:
-        patterns = flat(np.take_along_axis(lines(verdicts.patterns), entries, axis=-1))
+    counts = count(visited)
+    ends = np.cumsum(counts).reshape(counts.shape)
+    starts = ends - counts
+    bounds = np.stack([starts, starts + count(visited & ~tested), ends], axis=-1).astype(np.int32)
+    patterns = None if verdicts.patterns is None else flat(verdicts.patterns.reshape(rank.shape))
     any_free, any_tested = bool((visited & ~tested).any()), bool((visited & tested).any())
-    return Lists(bounds, flat(entries), patterns, verdicts.stored, len(visited), any_free, any_tested)
+    return Lists(bounds, flat(entry_of), patterns, verdicts.stored, len(visited), any_free, any_tested)
 
 
 @functools.lru_cache(maxsize=64)
