@@ -25,7 +25,7 @@ ALONE, BOTH = mosaic.Blocks(64, 64, 1, 2), mosaic.Blocks(64, 64, 2, 2)
 INTERPRETED = {
     "grouped heads, documents, positions, ALiBi, ends cut short": (
         Case(40, 100, 64, "causal", H=2, G=1, documents=3, bias="ALiBi", positions=True),
-        dict.fromkeys(tiling.PASSES, ALONE),
+        dict.fromkeys(tiling.PASSES, ALONE) | {"dkv": mosaic.Blocks(64, 32, 2, 2, split=True)},
     ),
     "two consumers in turns, or on the same rows, soft-cap, a table": (
         Case(128, 128, 64, "window", H=1, G=1, softcap=5.0, bias="dense"),
@@ -33,7 +33,7 @@ INTERPRETED = {
     ),
     "stored tiles that differ by head, T5's buckets": (
         Case(70, 100, 64, "by head", bias="T5"),
-        dict.fromkeys(tiling.PASSES, ALONE) | {"dkv": mosaic.Blocks(64, 32, 2, 2, split=True)},
+        dict.fromkeys(tiling.PASSES, ALONE),
     ),
 }
 
