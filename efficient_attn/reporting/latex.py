@@ -43,4 +43,4 @@ def _section(summary: Summary, section: Section) -> str:
 
 def _cell(section: Section, figure: Figure) -> str:
     said = escape(text.ours(figure))
-    return text.with_brackets(rf"\textbf{{{said}}}" if text.is_best(section, figure) else said, escape(text.beside(figure)))
+    return text.with_brackets(rf"\textbf{{{said}}}" if section.is_best(figure) else said, escape(text.beside(figure)))

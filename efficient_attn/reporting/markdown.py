@@ -40,7 +40,7 @@ def _section(section: Section) -> str:
 
 def _cell(section: Section, figure: Figure) -> str:
     said = text.ours(figure)
-    return text.with_brackets(f"**{said}**" if text.is_best(section, figure) else said, text.beside(figure))
+    return text.with_brackets(f"**{said}**" if section.is_best(figure) else said, text.beside(figure))
 
 
 def _notes(section: Section) -> list[str]:

@@ -5,7 +5,7 @@ import functools
 import json
 import pathlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jinja2
@@ -14,7 +14,7 @@ from markupsafe import Markup
 from efficient_attn.reporting import orderings, plots, text
 from efficient_attn.reporting.costs import Cost, Costs
 from efficient_attn.reporting.plots import Bubble, Line
-from efficient_attn.reporting.runs import State
+from efficient_attn.reporting.runs import Run, State
 from efficient_attn.reporting.summary import Figure, Section, Summary
 
 TEMPLATES = pathlib.Path(__file__).parent / "templates"
@@ -75,22 +75,27 @@ class SectionView:
     def has_runs(self) -> bool:
         return any(figure.candidates for figure in self.section)
 
+    def _own_runs(self, row: str, column: str) -> list[Run]:
+        """The finished runs behind a figure that are of its own place, and do not only fill it."""
+        chosen, place = self.section.figures[row][column].chosen, (self.section.name, row, column)
+        members = chosen.members if chosen else ()
+        return [run for cell, run in members if run.state == State.FINISHED and (cell.protocol, cell.row, cell.column) == place]
+
     @property
-    def curves(self) -> list[Panel]:
-        """A panel for each column: the validation metric of every seed behind its figures, against steps."""
-        panels = []
+    def curves(self) -> tuple[dict[str, plots.Style], list[Panel]]:
+        """The rows that are drawn; a panel for each column: the validation metric of every seed of its runs, against steps."""
+        panels, drawn = [], {}
         key = self.section.metric.key.replace("test_", "valid_")
         for column in self.section.protocol.columns:
             lines = []
             for row, style in self.styles.items():
-                chosen = self.section.figures[row][column].chosen
-                finished = [run for _, run in chosen.members if run.state == State.FINISHED] if chosen else []
-                for points in (points for run in finished for points in run.curves(key) if points):
+                for points in (points for run in self._own_runs(row, column) for points in run.curves(key) if points):
                     lines.append(Line(style, [(step, self.section.metric.scale * value) for step, value in points]))
+                    drawn[row] = style
             if lines:
                 floors = self.section.protocol.floors.get(column, {})
                 panels.append((column, Markup(plots.curves(lines, floors, self.percent))))
-        return panels
+        return drawn, panels if len(panels) > 1 else [("", svg) for _, svg in panels]
 
     @property
     def trends(self) -> tuple[str, list[Panel]]:
@@ -104,7 +109,7 @@ class SectionView:
         for column, sizes in found.items():
             fixed = ", ".join(f"{name} = {value:g}" for name, value in sizes.items() if name != last)
             groups.setdefault(fixed, {})[sizes[last]] = column
-        panels = [(title, self._trend(columns, last)) for title, columns in groups.items() if len(columns) > 1]
+        panels = [(title, self._trend(columns, SIZES.get(last, last))) for title, columns in groups.items() if len(columns) > 1]
         return SIZES.get(last, last), [(title, svg) for title, svg in panels if svg]
 
     def _trend(self, columns: Mapping[float, str], size: str) -> Markup:
@@ -124,7 +129,7 @@ class SectionView:
         """Figures against the bytes that decoding keeps of a sequence: a line for each row, a point for each column."""
         lines = []
         for row, style in self.styles.items():
-            figures = [figure for figure in self.section.figures[row].values() if figure.mean is not None]
+            figures = [f for f in self.section.figures[row].values() if f.mean is not None and self._own_runs(row, f.column)]
             sized = [(cost["state_bytes"], figure) for figure in figures if (cost := self.cost(figure)) and cost["state_bytes"]]
             if sized:
                 lines.append(Line(style, sorted((size, figure.mean) for size, figure in sized)))
@@ -138,19 +143,19 @@ class SectionView:
         """A panel for each column in which several rows ran: figure against training speed, memory as area."""
         panels = []
         for column in self.section.protocol.columns:
-            found = [bubble for row in self.styles if (bubble := self._bubble(self.section.figures[row][column]))]
+            found = [bubble for row in self.styles if (bubble := self._bubble(row, column))]
             if len(found) > 1:
                 panels.append((column, Markup(plots.bubbles(found, "training tokens a second", unit=self.section.metric.unit))))
         return panels
 
-    def _bubble(self, figure: Figure) -> Bubble | None:
-        finished = [run for _, run in figure.chosen.members if run.state == State.FINISHED] if figure.chosen else []
-        rates = [rate for run in finished if (rate := run.rate("tokens_per_second"))]
+    def _bubble(self, row: str, column: str) -> Bubble | None:
+        figure = self.section.figures[row][column]
+        rates = [rate for run in self._own_runs(row, column) if (rate := run.rate("tokens_per_second"))]
         if not rates:
             return None
         cost = self.cost(figure)
         area = float(cost["step_bytes"]) if cost else 0.0
-        return Bubble(self.styles[figure.row], figure.row, sum(rates) / len(rates), figure.mean, area)
+        return Bubble(self.styles[row], row, sum(rates) / len(rates), figure.mean, area)
 
     @property
     def maps(self) -> list[Panel]:
@@ -168,28 +173,25 @@ class SectionView:
         return list(found.values())
 
     @property
-    def timed(self) -> dict[str, Mapping[str, Any]]:
-        """Row -> cost against length of its mixer, where its runs have one mixer and the benchmark timed that."""
-        found = {}
-        for row in self.styles:
+    def timed(self) -> dict[str, plots.Style]:
+        """The mixers of this section's rows that the benchmark timed, each in the style of the first row that has no other."""
+        found: dict[str, plots.Style] = {}
+        for row, style in self.styles.items():
             mixers = {mixer for figure in self.section.figures[row].values() for mixer in mixers_of(figure)}
             if len(mixers) == 1 and (name := mixers.pop()) in self.speeds:
-                found[row] = self.speeds[name]
+                found.setdefault(name, style)
         return found
 
     @property
     def lengths(self) -> list[Panel]:
-        """Milliseconds and megabytes of a training step against length, of the mixers of this section's rows."""
+        """Milliseconds and megabytes of a training step against length, where there are several mixers."""
         panels, timed = [], self.timed
         for kind, title in (("ms", "milliseconds a step"), ("mb", "megabytes")):
-            points = {row: [(int(n), value) for n, value in speed[kind].items()] for row, speed in timed.items()}
-            lines = [Line(self.styles[row], found) for row, found in points.items() if found]
-            if lines:
+            points = {name: [(int(n), value) for n, value in self.speeds[name][kind].items()] for name in timed}
+            lines = [Line(timed[name], found) for name, found in points.items() if found]
+            if len(lines) > 1:
                 panels.append((title, Markup(plots.trend(lines, {}, "length", unit="", log_y=True))))
         return panels
-
-    def styles_of(self, rows: Iterable[str]) -> dict[str, plots.Style]:
-        return {row: self.styles[row] for row in rows}
 
 
 def mixers_of(figure: Figure) -> Sequence[str]:

@@ -66,9 +66,9 @@ class Line:
     spread: Sequence[Number] = ()
 
 
-def _panel(draw: Callable[[Axes], None]) -> str:
+def _panel(draw: Callable[[Axes], None], height: float = PANEL[1]) -> str:
     with matplotlib.rc_context(RC):
-        figure = Figure(figsize=PANEL, layout="constrained")
+        figure = Figure(figsize=(PANEL[0], height), layout="constrained")
         axes = figure.subplots()
         axes.spines["left"].set_visible(False)
         draw(axes)
@@ -144,7 +144,7 @@ class Bubble:
 
 
 def bubbles(found: Sequence[Bubble], xlabel: str, *, unit: str) -> str:
-    """Long Range Arena's figure 3: quality against speed, memory as area; every bubble is labelled."""
+    """Long Range Arena's figure 3: quality against speed, memory as area; bubbles are named at the right, by height."""
 
     def draw(axes: Axes) -> None:
         largest = max(bubble.area for bubble in found) or 1.0
@@ -152,29 +152,43 @@ def bubbles(found: Sequence[Bubble], xlabel: str, *, unit: str) -> str:
             size = 420 * (bubble.area or 0.0) / largest
             axes.scatter(bubble.x, bubble.y, s=size, color=bubble.style.hex, alpha=0.45, linewidth=0)
             axes.scatter(bubble.x, bubble.y, s=9, color=bubble.style.hex, linewidth=0)
-        axes.set_xscale("log")
-        axes.margins(0.22)
-        axes.xaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
+        wide = max(bubble.x for bubble in found) > 4 * min(bubble.x for bubble in found)
+        axes.set_xscale("log" if wide else "linear")
+        axes.margins(0.14)
+        axes.xaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5)) if wide else MaxNLocator(3))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: short(x)))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_locator(MaxNLocator(5))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g} %" if unit == "%" else f"{y:g}"))
         axes.set_xlabel(xlabel, labelpad=1)
-        for bubble, y in zip(found, _apart(axes, found)):
+        low, high = axes.get_ylim()
+        heights = apart([(bubble.y - low) / (high - low) for bubble in found], LABEL / (height - FRAME))
+        for bubble, y in zip(found, heights):
+            leader = dict(arrowstyle="-", color=bubble.style.hex, linewidth=0.5, alpha=0.7, shrinkA=0, shrinkB=0, relpos=(0, 0.5))
             axes.annotate(
-                bubble.label, (bubble.x, y), (5, 0), textcoords="offset points", va="center", fontsize=7, color=bubble.style.hex
-            )
+                bubble.label, (bubble.x, bubble.y), (1.03, y), textcoords="axes fraction", va="center", fontsize=7,
+                color=bubble.style.hex, arrowprops=leader, annotation_clip=False,
+            )  # fmt: skip
 
-    return _panel(draw)
+    height = max(PANEL[1], FRAME + LABEL * len(found))
+    return _panel(draw, height)
 
 
-def _apart(axes: Axes, found: Sequence[Bubble]) -> list[float]:
-    """Heights for the labels: the bubbles' own, moved up where two would lie on each other."""
-    low, high = axes.get_ylim()
-    gap, heights, last = (high - low) * 0.07, {}, -float("inf")
-    for i, bubble in sorted(enumerate(found), key=lambda item: item[1].y):
-        last = heights[i] = max(bubble.y, last + gap)
-    return [heights[i] for i in range(len(found))]
+LABEL, FRAME = 0.135, 0.5
+"""Inches: of a line of labels, and of a panel's height without the axes."""
+
+
+def apart(heights: Sequence[float], gap: float) -> list[float]:
+    """Heights moved as little as keeps them, in their order, at least `gap` apart and between 0 and 1, where there is room."""
+    order = sorted(range(len(heights)), key=lambda i: heights[i])
+    moved = [heights[i] for i in order]
+    for i in range(1, len(moved)):
+        moved[i] = max(moved[i], moved[i - 1] + gap)
+    limit = 1.0
+    for i in reversed(range(len(moved))):
+        moved[i] = limit = min(moved[i], limit)
+        limit -= gap
+    return [y for _, y in sorted(zip(order, moved))]
 
 
 def _floors(axes: Axes, floors: Mapping[str, float]) -> None:

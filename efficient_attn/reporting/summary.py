@@ -165,10 +165,16 @@ class Section:
     def __iter__(self) -> Iterator[Figure]:
         return (figure for row in self.figures.values() for figure in row.values())
 
-    def best(self, column: str) -> float | None:
-        """The best of our means in a column; None where fewer than two are there to be compared."""
-        means = [row[column].mean for row in self.figures.values() if row[column].mean is not None]
-        return (max if self.metric.better == "max" else min)(means) if len(means) > 1 else None
+    def is_best(self, figure: Figure) -> bool:
+        """Whether ours is the best of its column, or no further from it than the larger of the two standard deviations.
+
+        False where a deviation is not known, as for one seed, and where nothing is there to be compared with.
+        """
+        rivals = [row[figure.column] for row in self.figures.values() if row[figure.column].mean is not None]
+        if len(rivals) < 2 or figure.mean is None:
+            return False
+        best = (max if self.metric.better == "max" else min)(rivals, key=lambda rival: rival.mean)
+        return None not in (figure.sd, best.sd) and abs(figure.mean - best.mean) <= max(figure.sd, best.sd)
 
     def average(self, row: str) -> float | None:
         """Our mean over the protocol's averaged columns; None unless all of them are there."""

@@ -1,5 +1,6 @@
 """What a figure says, worded once for the tables in Markdown and LaTeX, the CSV and the page."""
 
+import math
 import pathlib
 import shlex
 
@@ -15,8 +16,9 @@ FORMED_MARK = "†"
 
 
 def number(value: float, metric: Metric) -> str:
-    """One decimal of a percentage, else three digits."""
-    return f"{value:.1f}" if metric.unit == "%" else f"{value:#.3g}".rstrip(".")
+    """One decimal of a percentage; else three digits, of at most four decimals."""
+    digits = 1 if metric.unit == "%" else 2 - math.floor(math.log10(abs(value) or 1e-9))
+    return f"{value:.{min(max(digits, 0), 4)}f}"
 
 
 def signed(value: float, metric: Metric) -> str:
@@ -34,8 +36,14 @@ def ours(figure: Figure) -> str:
     """Mean and standard deviation over seeds, or the word why there is none."""
     if figure.mean is None:
         return figure.status or NOTHING
-    spread = f" ± {number(figure.sd, figure.metric)}" if figure.sd is not None else ""
+    spread = f" ± {deviation(figure)}" if figure.sd is not None else ""
     return number(figure.mean, figure.metric) + spread
+
+
+def deviation(figure: Figure) -> str:
+    """The standard deviation over seeds, with the decimals of the mean."""
+    decimals = len(number(figure.mean, figure.metric).partition(".")[2])
+    return f"{figure.sd:.{decimals}f}"
 
 
 def seeds(figure: Figure) -> str:
@@ -45,10 +53,6 @@ def seeds(figure: Figure) -> str:
     failed = f", {figure.failed} failed" if figure.failed else ""
     missing = f" of {figure.expected}" if len(figure.scores) < figure.expected else ""
     return f"n = {len(figure.scores)}{missing}{failed}"
-
-
-def is_best(section: Section, figure: Figure) -> bool:
-    return figure.mean is not None and figure.mean == section.best(figure.column)
 
 
 def head(section: Section) -> list[str]:
@@ -122,8 +126,6 @@ def legend(section: Section) -> str:
     """How to read a cell of the page's table."""
     better = {"max": "larger", "min": "smaller"}[section.metric.better]
     parts = [f"{section.metric.key.replace('_', ' ').capitalize()} in {section.metric.unit}; {better} is better."]
-    if any(section.best(column) is not None for column in section.protocol.columns):
-        parts.append("Bold: the best of ours in its column.")
     if any(figure.published for figure in section):
         parts.append("Below: the published figure, and ours minus it.")
     if any(figure.beside for figure in section):
@@ -134,7 +136,10 @@ def legend(section: Section) -> str:
 
 
 def _spread(section: Section) -> list[str]:
-    return ["± is the standard deviation over seeds."] if any(figure.sd is not None for figure in section) else []
+    found = ["± is the standard deviation over seeds."] if any(figure.sd is not None for figure in section) else []
+    if any(section.is_best(figure) for figure in section):
+        found.append("Bold: the best of ours in its column, and what is no further from it than the larger ± of the two.")
+    return found
 
 
 def _measured(section: Section) -> list[str]:

@@ -15,8 +15,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from efficient_attn import workdir
-from efficient_attn.reporting import compare, costs, figures, plots, tables
-from tests.reporting.fake_runs import write_run, write_table
+from efficient_attn.reporting import compare, costs, figures, plots, tables, text
+from efficient_attn.tables import Metric
+from tests.reporting.fake_runs import TABLE, write_run, write_table
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 QUIET = ("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--hide-scrollbars", "--disable-background-networking",
@@ -211,3 +212,29 @@ def test_a_command_on_the_page_is_the_command(report):
     with open(report / "out/table.csv", newline="") as file:
         said = [line["command"].splitlines() for line in csv.DictReader(file) if line["command"]]
     assert sorted(texts) == sorted(said) and len(texts) == 8
+
+
+def test_labels_are_moved_apart_in_their_order_and_stay_inside():
+    assert plots.apart([0.1, 0.9, 0.5], 0.1) == [0.1, 0.9, 0.5]
+    assert plots.apart([0.98, 0.97, 0.2, 0.99], 0.1) == pytest.approx([0.9, 0.8, 0.2, 1.0])
+    assert plots.apart([], 0.1) == []
+
+
+def test_a_run_that_fills_several_columns_has_one_learning_curve(tmp_path):
+    first = TABLE.replace("zip(COLUMNS, (32, 64))", "zip(COLUMNS[:1], (32,))")
+    table = write_table(tmp_path, first.replace("seed=seed,", 'seed=seed, lengths={"L=64 d=64": 64},'))
+    for cell in table.cells["cpu"]:
+        folder = write_run(cell, tmp_path / "runs", 0.5 + 0.1 * cell.seed)
+        rows = [{"length": 64, "accuracy": 0.4, "seed": cell.seed}]
+        workdir.write_json(folder / "lengths.json", {"rows": rows})
+    tables.write(table.path, tmp_path / "out", root=tmp_path / "runs", scale="cpu")
+    page = (tmp_path / "out/table-cpu.html").read_text()
+    assert page.count('aria-label="Learning curves"') == 1 and page.count('aria-label="Quality against speed') == 1
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "shown"),
+    [(99.96, "%", "100.0"), (2.784, "bits", "2.78"), (406.01, "ppl", "406"), (0.02584, "x", "0.0258"), (5e-6, "x", "0.0000")],
+)
+def test_numbers_have_three_digits_and_no_exponent(value, unit, shown):
+    assert text.number(value, Metric(unit=unit)) == shown

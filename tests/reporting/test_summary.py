@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import io
 import json
+import shutil
 import statistics
 import time
 
@@ -173,6 +174,18 @@ def test_every_text_says_the_same(table, tmp_path):
     assert figure["runs"][0]["command"].startswith("python train.py") and figure["runs"][0]["versions"]["jax"] == "0.10.2"
 
 
+def test_what_is_within_a_deviation_of_the_best_is_bold_too(table, tmp_path):
+    rivals = [cell for cell in table.cells["cpu"] if cell.row != "softmax" and cell.column == "L=64 d=32"]
+    for cell, accuracy in zip(rivals, (0.71, 0.70, 0.72)):
+        write_run(cell, tmp_path / "runs", accuracy)
+    found = markdown.render(summary.summarise(table, tmp_path / "runs", "cpu"))
+    assert "**80.0 ± 10.0**" in found and "**71.0 ± 1.0**" in found and "Bold: the best" in found
+    for cell in rivals[1:]:
+        shutil.rmtree(cell.workdir(tmp_path / "runs"))
+    found = markdown.render(summary.summarise(table, tmp_path / "runs", "cpu"))
+    assert "**80.0 ± 10.0**" in found and "**71.0" not in found  # of one seed no spread is known
+
+
 def test_the_best_of_a_column_is_bold_and_alone_it_is_not(table, tmp_path):
     found = summary.summarise(table, tmp_path / "runs", "cpu")
     assert "**80.0" not in markdown.render(found)
@@ -180,7 +193,11 @@ def test_the_best_of_a_column_is_bold_and_alone_it_is_not(table, tmp_path):
         if cell.row != "softmax" and cell.column == "L=64 d=32":
             write_run(cell, tmp_path / "runs", 0.6)
     found = summary.summarise(table, tmp_path / "runs", "cpu")
-    assert "**80.0 ± 10.0**" in markdown.render(found) and r"\textbf{80.0 $\pm$ 10.0}" in latex.render(found)
+    assert (
+        "**60.0" not in markdown.render(found)
+        and "**80.0 ± 10.0**" in markdown.render(found)
+        and r"\textbf{80.0 $\pm$ 10.0}" in latex.render(found)
+    )
 
 
 def test_five_hundred_runs_take_less_than_ten_seconds(tmp_path):
