@@ -178,6 +178,17 @@ def test_block_sizes_are_those_of_the_device_or_of_an_h200(folder):
     assert tiling.table("NVIDIA Test 1")["dq"] == {64: mosaic.Blocks(64, 64, 1, 4)}
 
 
+def test_narrow_blocks_of_a_pattern_are_visited_in_narrow_tiles():
+    x = array(1, 4096, 2, 128)
+    bigbird = offline.MASKS["BigBird"].mask
+    cuts = {mask: tiling.plan(offline.call_of(x, x, x, mask), interpret=True).forward for mask in ("causal", "BigBird")}
+    assert {mask: cut.kv_tile for mask, cut in cuts.items()} == {"causal": 128, "BigBird": 64}
+    assert tiling._pairs(bigbird, cuts["BigBird"]) < 0.8 * tiling._pairs(bigbird, cuts["causal"])
+    positions = {name: array(1, 4096, dtype=jnp.int32) for name in ("q_positions", "kv_positions")}
+    call = dataclasses.replace(offline.call_of(x, x, x, "BigBird"), **positions)
+    assert tiling.plan(call, interpret=True).forward.kv_tile == 128
+
+
 def test_problems_name_what_a_compiled_kernel_must_not_do():
     good = {"kernel": "dkv", "dtype": "bfloat16", "head_size": 128, "mask": "causal"}
     good |= {"spilled_bytes": 0, "wgmma": 48, "shared_bytes": 133120}

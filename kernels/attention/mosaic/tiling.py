@@ -4,13 +4,16 @@ import dataclasses
 from typing import NamedTuple
 
 from kernels import devices
-from kernels.attention import masks
+from kernels.attention import masks, tiles
 from kernels.attention.call import Call
 from kernels.attention.portable import lists
 from kernels.attention.portable.tiling import Cut
 
 HEAD_SIZES = (64, 128, 256)
 """Head sizes with entries in the block table of each pass; that of what biases add, where there are biases."""
+
+WORTH = 0.8
+"""Narrow tiles are taken where they visit at most so much of the pairs that those of the table do."""
 
 PASSES = ("forward", "dkv", "dq", "table")
 
@@ -76,12 +79,28 @@ def plan(call: Call, interpret: bool, blocks: dict[str, Blocks] | None = None) -
     sizes = blocks or {name: entries[head_size] for name, entries in table(devices.here()).items() if head_size in entries}
 
     def tiling(name: str) -> Tiling:
-        size = _relieved(name, sizes[name], head_size, call)
-        own, visited = size.own * size.owners, size.visited
-        q_tile, kv_tile = (visited, own) if name == "dkv" else (own, visited)
-        return Tiling(q_tile, kv_tile, L, S, size, interpret)
+        cuts = [_cut(name, size, L, S, interpret) for size in _widths(_relieved(name, sizes[name], head_size, call))]
+        known = call.q_positions is None and call.kv_positions is None
+        return cuts[-1] if known and _pairs(call.mask, cuts[-1]) <= WORTH * _pairs(call.mask, cuts[0]) else cuts[0]
 
     return Plan(*(tiling(name) if name in sizes else None for name in PASSES))
+
+
+def _cut(name: str, size: Blocks, L: int, S: int, interpret: bool) -> Tiling:
+    own, visited = size.own * size.owners, size.visited
+    q_tile, kv_tile = (visited, own) if name == "dkv" else (own, visited)
+    return Tiling(q_tile, kv_tile, L, S, size, interpret)
+
+
+def _widths(size: Blocks) -> list[Blocks]:
+    """These blocks, and for patterns of narrow blocks those that visit 64 at a time."""
+    return [size, size._replace(visited=64)] if size.visited > 64 else [size]
+
+
+def _pairs(mask: masks.Mask, cut: Cut) -> int:
+    """The pairs of the tiles that are visited, at default positions."""
+    kinds = tiles.tables(mask, cut.L, cut.S, cut.q_tile, cut.kv_tile)
+    return int((kinds != masks.SKIP).sum()) * cut.q_tile * cut.kv_tile
 
 
 def _relieved(name: str, size: Blocks, head_size: int, call: Call) -> Blocks:
