@@ -32,6 +32,14 @@ def test_five_kills_lose_nothing(tmp_path):
     assert summary["kills"] == 5 and summary["runs_finished_and_identical"] >= 1
 
 
+@pytest.mark.slow
+@pytest.mark.exhaustive
+def test_some_faults_lose_nothing():
+    result = faults("--only", "kill -9", "a damaged line within metrics", "a flipped bit in the newest checkpoint")
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
+    assert "Skipping checkpoint runs/x/checkpoints/8" in result.stdout
+
+
 def test_kills_that_miss_what_they_are_named_after_are_an_error():
     hits = {("SIGKILL", "any time", "starting"): 9, ("SIGTERM", "in a save", "saving"): 2, ("SIGINT", "in a save", "stepping"): 2}
     Tally(collections.Counter(hits)).check_moments()

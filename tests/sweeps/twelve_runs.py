@@ -17,6 +17,8 @@ import sys
 import tempfile
 import time
 
+from efficient_attn import workdir
+
 ROOT = pathlib.Path(__file__).parents[2]
 GRID = """
 from efficient_attn.tables import Cell
@@ -88,7 +90,7 @@ def show(folder: pathlib.Path) -> dict:
         "states": {state: states.count(state) for state in sorted(set(states))}, "exit_status": first.returncode,
         "failed": found[FAILS]["reason"], "killed_and_continued_from": resumed,
         "second_invocation": printed_again.splitlines()[0].split(": ")[1],
-        "seconds": round(seconds), "cores": len(os.sched_getaffinity(0)),
+        "seconds": round(seconds),
     }  # fmt: skip
 
 
@@ -98,8 +100,10 @@ def main() -> None:
     out = parser.parse_args().out
     with tempfile.TemporaryDirectory() as folder:
         result = show(pathlib.Path(folder))
+    info = workdir.run_info()
+    about = {name: info[name] for name in ("versions", "cpu", "cores", "commit", "dirty")}
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=1) + "\n")
+    workdir.write_json(out, {"command": "python -m tests.sweeps.twelve_runs", **result, **about})
     print(json.dumps(result, indent=1))
 
 
