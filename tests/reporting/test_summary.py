@@ -13,7 +13,7 @@ import pytest
 from efficient_attn import workdir
 from efficient_attn.arguments import ConfigError
 from efficient_attn.config import normal_form
-from efficient_attn.reporting import latex, markdown, orderings, records, summary, tables, text
+from efficient_attn.reporting import latex, markdown, orderings, page, records, summary, tables, text
 from efficient_attn.reporting.runs import State
 from efficient_attn.tables import ROOT, Cell
 from tests.reporting.fake_runs import TABLE, write_run, write_table
@@ -172,6 +172,18 @@ def test_every_text_says_the_same(table, tmp_path):
     figure = json.loads(records.as_json(found))["figures"][0]
     assert figure["scores"] == pytest.approx([90, 80, 70]) and figure["runs"][0]["commit"] == "57d1e001a503965f"
     assert figure["runs"][0]["command"].startswith("python train.py") and figure["runs"][0]["versions"]["jax"] == "0.10.2"
+
+
+def test_words_and_signs_mean_something_wherever_they_stand(tmp_path):
+    """A published row that nothing makes, an average that is formed here, and one that cannot be formed."""
+    table = write_table(tmp_path, TABLE.replace(', "<b>s5</b>": "identity"}', "}").replace("FAIL 36.4", "FAIL -"))
+    found = summary.summarise(table, tmp_path / "runs", "paper")
+    for said in (markdown.render(found), latex.render(found), page.render(found, {}, {}), records.as_csv(found)):
+        assert "no recipe" in said and "this table has no run of it" in said and "98.75" in said and summary.FORMED in said
+    for said, nothing, formed in ((markdown.render(found), "–", "†"), (latex.render(found), "--", r"$\dagger$")):
+        assert f"{nothing}: nothing is published" in said and f"{nothing} under Average:" in said and f"98.75{formed}" in said
+    statuses = {line["status"] for line in records.records(found)}
+    assert statuses == {"not run", "no recipe", "not published", "a figure of this row is missing"}
 
 
 def test_what_is_within_a_deviation_of_the_best_is_bold_too(table, tmp_path):
