@@ -191,10 +191,10 @@ class Decoder:
         keys = jax.vmap(jax.random.key)(rows.seed)
         out = jnp.full((rows.token.shape[0], MAX_STEPS), NO_TOKEN, jnp.int32)
         if tables is not None and self.gather_once:
-            pools, spread = state.blocks, jnp.pad(tables, ((0, 0), (0, 1)))  # block 0 last: what rows that ended write past it
+            before, spread = state, jnp.pad(tables, ((0, 0), (0, 1)))  # block 0 last: what rows that ended write past it
             state, tables = State(_side_by_side(state, spread), {}), None
         else:
-            pools = spread = None
+            before = spread = None
 
         def goes_on(carry):
             step, _, rows, _ = carry
@@ -214,7 +214,7 @@ class Decoder:
 
         step, state, rows, out = jax.lax.while_loop(goes_on, body, (jnp.int32(0), state, rows, out))
         rows = rows.replace(pending=jnp.maximum(rows.pending - step, 0))
-        return state if spread is None else _in_blocks(state.cache, pools, spread), rows, out
+        return state if spread is None else _in_blocks(state.cache, before, spread), rows, out
 
 
 CONTIGUOUS = {"key_blocks": "cached_key", "value_blocks": "cached_value"}
@@ -231,13 +231,17 @@ def _side_by_side(state: State, tables: Int[Array, "B N"]) -> Any:
     return unflatten_dict(cache | found)
 
 
-def _in_blocks(cache: Any, pools: Any, tables: Int[Array, "B N"]) -> State:
-    """What `_side_by_side` made, back in the pools. Blocks that rows share are equal in all of them; block 0 is nobody's."""
-    cache, new = flatten_dict(cache), {}
-    for (*layer, name), pool in flatten_dict(pools).items():
-        rows = jnp.moveaxis(cache.pop((*layer, CONTIGUOUS[name])), 0, 1)
-        blocks = rows.reshape(rows.shape[0], *tables.shape, *pool.shape[2:])
-        new[*layer, name] = pool.at[:, tables].set(blocks)
+def _in_blocks(cache: Any, before: State, tables: Int[Array, "B N"]) -> State:
+    """What `_side_by_side` made of `before`, back in the pools: of each row the blocks that `MAX_STEPS` tokens may reach."""
+    cache, old, new = flatten_dict(cache), flatten_dict(before.cache), {}
+    for (*layer, name), pool in flatten_dict(before.blocks).items():
+        size, rows = pool.shape[2], cache.pop((*layer, CONTIGUOUS[name]))
+        reached = old[*layer, "cache_index"][:, None] // size + jnp.arange(MAX_STEPS // size + 2)[None]
+        reached = jnp.minimum(reached, tables.shape[1] - 1)
+        blocks = rows.reshape(*rows.shape[:2], tables.shape[1], *pool.shape[2:])
+        written = jnp.take_along_axis(blocks, reached[:, None, :, None, None], axis=2)
+        at = jnp.take_along_axis(tables, reached, axis=1)
+        new[*layer, name] = pool.at[:, at].set(jnp.moveaxis(written, 0, 1))
     return State(unflatten_dict(cache), unflatten_dict(new))
 
 

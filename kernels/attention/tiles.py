@@ -238,6 +238,7 @@ class TileSizes:
 
     q_tiles, kv_blocks: sizes to try, beside L and S themselves where these are smaller.
     keys, scores: the most keys and scores in a tile; small batches of heads are put together up to so many scores.
+    step_scores: the same where each head has one query, as in decoding: reading the keys is all the work, and no tile is reused.
     visit_overhead, key_overhead: what a visit costs beside its pairs, in pairs: as such, and for each key.
     gather_overhead, block_overhead: where a visit gathers several blocks, what a key and what a block costs more.
     """
@@ -246,14 +247,21 @@ class TileSizes:
     kv_blocks: tuple[int, ...] = (32, 64, 128, 256, 512)
     keys: int = 512
     scores: int = 2**16
+    step_scores: int = 2**20
     visit_overhead: int = 22_000
     key_overhead: int = 10
     gather_overhead: int = 15
     block_overhead: int = 1_000
 
-    def candidates(self, L: int, S: int, gather: bool) -> Iterator[tuple[int, int, int, bool]]:
-        """(q_tile, kv_block, width, gathered) worth a look."""
+    def candidates(self, B: int, L: int, S: int, gather: bool) -> Iterator[tuple[int, int, int, bool]]:
+        """(q_tile, kv_block, width, gathered) worth a look.
+
+        All keys of a few queries are one of them: nothing is padded and there is no loop. Not so of a single row, whose keys XLA
+        would copy on their way from a cache's update to a product.
+        """
         q_tiles, kv_blocks = ({min(n, size) for size in sizes} for n, sizes in ((L, self.q_tiles), (S, self.kv_blocks)))
+        if B > 1 and self.scores // S >= L:
+            kv_blocks.add(S)
         for q_tile, kv_block in itertools.product(sorted(q_tiles), sorted(kv_blocks)):
             is_largest = (q_tile, kv_block) == (max(q_tiles), max(kv_blocks))
             if is_largest or L // q_tile * (S // kv_block) <= TILES_LISTED:
@@ -274,11 +282,12 @@ class TileSizes:
             each += width * (self.block_overhead + kv_block * self.gather_overhead)
         return float(visits * each)
 
-    def heads(self, B: int, H: int, together: int | None, scores: int) -> tuple[int, int]:
-        """(batch rows, heads) of a tile that has so many scores for each head: as many as fit."""
+    def heads(self, B: int, H: int, together: int | None, q_tile: int, keys: int) -> tuple[int, int]:
+        """(batch rows, heads) of a tile of so many queries and keys of each head: as many as fit."""
+        scores, most = q_tile * keys, self.step_scores if q_tile == 1 else self.scores
         heads = [h for h in range(1, H + 1) if H % h == 0 and h % together == 0] if together else [1]
-        shapes = [(1, h) for h in heads] + [(b, heads[-1]) for b in range(2, min(B, self.scores) + 1) if B % b == 0]
-        return max((shape for shape in shapes if math.prod(shape) * scores <= self.scores), default=shapes[0])
+        shapes = [(1, h) for h in heads] + [(b, heads[-1]) for b in range(2, min(B, most) + 1) if B % b == 0]
+        return max((shape for shape in shapes if math.prod(shape) * scores <= most), default=shapes[0])
 
 
 @functools.lru_cache(maxsize=256)
@@ -294,6 +303,6 @@ def cheapest(
     def badness(candidate):
         return sizes.cost(mask, L, S, *candidate), candidate[2], -candidate[0]
 
-    q_tile, kv_block, width, gathered = min(sizes.candidates(L, S, gather), key=badness)
-    b_tile, h_tile = sizes.heads(B, H, together, q_tile * kv_block * width)
+    q_tile, kv_block, width, gathered = min(sizes.candidates(B, L, S, gather), key=badness)
+    b_tile, h_tile = sizes.heads(B, H, together, q_tile, kv_block * width)
     return Tiling(B, H, G, L, S, b_tile, h_tile, q_tile, kv_block, width, gathered)

@@ -300,6 +300,14 @@ def test_chunked_gathers_where_a_pattern_is_scattered(small_tiles):
     assert is_gathered["global"] and is_gathered["butterfly"] and not is_gathered["causal"] and not is_gathered["window"]
 
 
+def test_a_step_of_decoding_is_one_tile():
+    """Of all rows: keys are as many as they are, and read once."""
+    q, k = (jax.ShapeDtypeStruct((8, length, 4, 32), jnp.float32) for length in (1, 1100))
+    call = Call(q, k, k, *[None] * 6, mask=masks.Causal(), softcap=None, scale=1.0)
+    tiling = chunked.tiling_of(dataclasses.replace(call, q_positions=jax.ShapeDtypeStruct((8, 1), jnp.int32)))
+    assert (tiling.groups, tiling.rows, tiling.blocks, tiling.padded["S"]) == (1, 1, 1, 1100)
+
+
 @pytest.mark.parametrize("gathered", [False, True])
 @pytest.mark.parametrize("mask", ["causal", "strided", "bigbird", "by head", "nothing"])
 def test_chunked_visits_no_more_tiles_than_the_pattern_needs(monkeypatch, mask, gathered):
