@@ -13,11 +13,13 @@ device="$("$PYTHON" -c 'from kernels import devices; import jax; assert jax.defa
 # 1. Numerics of the whole table, then of the same kernels as tests. A failure is recorded, and the rest still measured.
 timeout 240 "$PYTHON" -m benchmarks.attention_numerics --commit || echo "numerics: not passed; mosaic stays by name only"
 # 2. Speed of the shapes that the targets are about.
-timeout 180 "$PYTHON" -m benchmarks.gpu_attention --head_sizes 128 64 --masks full causal --lengths 4096 16384 || true
+timeout 150 "$PYTHON" -m benchmarks.gpu_attention --head_sizes 128 64 --masks full causal --lengths 4096 16384 || true
+timeout 90 "$PYTHON" -m benchmarks.gpu_attention --head_sizes 256 --masks full causal --lengths 4096 || true
+timeout 60 "$PYTHON" -m benchmarks.gpu_attention --head_sizes 128 64 --masks bias bigbird --lengths 4096 || true
 # 3. Block sizes, of the candidates that compile without spills, and the same shapes again with what is fastest.
-timeout 180 "$PYTHON" -m benchmarks.attention_tuning --commit || true
+timeout 150 "$PYTHON" -m benchmarks.attention_tuning --commit || true
 timeout 120 "$PYTHON" -m benchmarks.gpu_attention --head_sizes 128 64 --masks full causal --lengths 4096 16384 \
   --out "results/$device/attention_tuned.json" || true
-# 4. Everything else: other lengths, windows, BigBird, documents, bias, head size 256.
-timeout 240 "$PYTHON" -m benchmarks.gpu_attention || true
+# 4. Everything else: other lengths, windows, documents, longer biases.
+timeout 150 "$PYTHON" -m benchmarks.gpu_attention || true
 ls -l "results/$device"

@@ -95,22 +95,23 @@ class Case:
 
 
 def table() -> Iterator[Case]:
-    """What is run on a card: every mask at lengths around tiles' ends, grouped heads, both types, soft-cap, documents, biases."""
+    """What is run on a card: first each feature (grouped heads, both types, soft-cap, documents, positions, biases), then every
+    mask at lengths around tiles' ends."""
+    for D, mask in itertools.product((64, 128, 256), ("full", "causal")):
+        yield Case(1000, 1000, D, mask, B=2, H=8, G=2)
+        yield Case(1000, 1000, D, mask, dtype="float16")
+        yield Case(500, 500, D, mask, H=4, G=1, softcap=15.0)
+        yield Case(1000, 1000, D, mask, documents=3)
+        yield Case(500, 500, D, mask, positions=True)
+        yield Case(4096, 4096, D, mask, B=2, H=4)
+        if D <= 128:
+            yield from (Case(500, 430, D, mask, B=2, H=4, G=2, bias=bias) for bias in BIASES)
+    for D, mask in itertools.product((64, 128, 256), ("BigBird", "by head", "negated")):
+        yield Case(1000, 1000, D, mask, H=4, G=2 if mask == "BigBird" else 4)
+    yield from (Case(L, S, 256, mask) for mask in MASKS for L, S in ((65, 65), (257, 1000)))
     lengths = (1, 1), (63, 63), (65, 65), (113, 203), (799, 3), (128, 128), (257, 257), (1024, 1023), (2048, 2048)
     for D, mask, (L, S) in itertools.product((64, 128), MASKS, lengths):
         yield Case(L, S, D, mask)
-    yield from (Case(L, S, 256, mask) for mask in MASKS for L, S in ((65, 65), (257, 1000)))
-    for D, mask in itertools.product((64, 128, 256), ("BigBird", "by head", "negated")):
-        yield Case(1000, 1000, D, mask, H=4, G=2 if mask == "BigBird" else 4)
-    for D, mask in itertools.product((64, 128, 256), ("full", "causal")):
-        yield Case(1000, 1000, D, mask, dtype="float16")
-        yield Case(1000, 1000, D, mask, B=2, H=8, G=2)
-        yield Case(500, 500, D, mask, H=4, G=1, softcap=15.0)
-        yield Case(4096, 4096, D, mask, B=2, H=4)
-        yield Case(1000, 1000, D, mask, documents=3)
-        yield Case(500, 500, D, mask, positions=True)
-        if D <= 128:
-            yield from (Case(500, 430, D, mask, B=2, H=4, G=2, bias=bias) for bias in BIASES)
 
 
 def dense(call: Call) -> tuple[jax.Array, jax.Array]:
