@@ -18,6 +18,7 @@ import itertools
 import json
 import math
 import pathlib
+import sys
 from typing import Any
 
 import jax
@@ -142,7 +143,11 @@ def row(which: str, D: int, mask: str, length: int, compiled: list[dict], card: 
 
 def _figures(compiled: list[dict], name: str, D: int, mask: str) -> dict[str, Any]:
     key = {"kernel": name, "dtype": "bfloat16", "head_size": D, "mask": mask}
-    return next(row for row in compiled if key.items() <= row.items())
+    found = next((row for row in compiled if key.items() <= row.items()), None)
+    if found is None:
+        command = f"python -m kernels.offline --op=mosaic --compile --out={COMPILED}"
+        sys.exit(f"nothing modelled: no figures of {key} in the compiled kernels' file; {command} makes them")
+    return found
 
 
 def compare(rows: list[dict]) -> None:

@@ -240,13 +240,18 @@ def _dq_kernel(tiling: Tiling, operands, outputs, scratch):
 def _visit_keys(gpu, tile: Tile, bias, of_queries, of_keys, carry):
     """dq and the bias's gradients after one tile, whose rows are queries."""
     (dq, dbias), (q, do, lse, delta), (k, v) = carry, of_queries, of_keys
-    dp = gpu.add_transposed(lax.broadcast_in_dim(-gpu.load(delta, 0), (do.shape[0], v.shape[0]), [0]), do, v)
-    dp = lax.optimization_barrier(dp)  # first: between scores and ds it holds more registers
+
+    def of_weights():
+        """The gradient of the weights, less delta."""
+        return gpu.add_transposed(lax.broadcast_in_dim(-gpu.load(delta, 0), (do.shape[0], v.shape[0]), [0]), do, v)
+
+    is_narrow = tile.tiling.kv_tile < tile.tiling.blocks.own
+    dp = lax.optimization_barrier(of_weights()) if is_narrow else None  # first: between scores and ds it holds more registers
     s, pullback = tile.scores(gpu.product(q, k), bias)
     p = jnp.exp2(s - lax.broadcast_in_dim(gpu.load(lse, 0), s.shape, [0]))
     if pullback is not None and not bias:  # used up before the next product
         p = pullback(p)[0]
-    ds = p * dp
+    ds = p * (of_weights() if dp is None else dp)
     if bias:
         ds, more = pullback(ds)
         dbias = [total + x for total, x in zip(dbias, more, strict=True)]
