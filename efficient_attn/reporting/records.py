@@ -59,11 +59,12 @@ def _command(summary: Summary, section: Section, figure: Figure) -> str:
 
 
 def as_csv(summary: Summary) -> str:
-    """RFC 4180, one line a figure; an empty field where there is nothing."""
+    """RFC 4180, one line a figure; an empty field where there is nothing, six digits of what is no whole number."""
     out = io.StringIO()
     writer = csv.DictWriter(out, CSV_FIELDS, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(records(summary))
+    for record in records(summary):
+        writer.writerow({name: f"{value:.6g}" if isinstance(value, float) else value for name, value in record.items()})
     return out.getvalue()
 
 
