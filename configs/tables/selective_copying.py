@@ -1,6 +1,6 @@
 """Selective copying (Gu & Dao 2023, Mamba, arXiv 2312.00752, table 1): which layer remembers what, and not when.
 
-    python sweep.py --config=configs/tables/selective_copying.py --scale=cpu      3 runs of 3 seeds: 22 minutes on half a core
+    python sweep.py --config=configs/tables/selective_copying.py --scale=cpu      3 runs of 3 seeds: 19 minutes on half a core
     python sweep.py --config=configs/tables/selective_copying.py --scale=paper
 
 Rows are the block's architecture and, where it is not the block's own, the layer in it. No time is published.
