@@ -4,7 +4,7 @@ import dataclasses
 from typing import NamedTuple
 
 from kernels import devices
-from kernels.attention import masks, tiles
+from kernels.attention import biases, masks, tiles
 from kernels.attention.call import Call
 from kernels.attention.portable import lists
 from kernels.attention.portable.tiling import Cut
@@ -107,8 +107,8 @@ def _relieved(name: str, size: Blocks, head_size: int, call: Call) -> Blocks:
     """The blocks for a call whose scores hold more registers through the products than those of the table do."""
     if name == "dkv" and head_size > 64 and size.consumers == 2 and call.softcap is not None:
         size = size._replace(split=True)  # their derivative takes those of one sum
-    if call.bias is not None:
-        size = size._replace(visited=min(size.visited, 64))  # its numbers, or the distances for their gradient, take some too
+    if call.bias is not None and not (name == "forward" and isinstance(call.bias, biases.ALiBi)):
+        size = size._replace(visited=min(size.visited, 64))  # what it adds, or the distances for its gradient, take some too
     return size
 
 
