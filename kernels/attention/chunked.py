@@ -77,7 +77,7 @@ def visits(call: Call) -> Int[Array, "groups rows"]:
 
 
 def _pad(call: Call, tiling: Tiling) -> Call:
-    """The call with [B, H, L, D] queries, [B, G, S, D] keys and values, and every length in whole tiles and blocks.
+    """The call with [B, H, L, D] queries, [B, G, S, D] keys and values, and every length as `Tiling.padded`.
 
     The scale goes to the queries where that rounds nothing away: multiplying every score would be one more pass over them.
     """
@@ -225,7 +225,7 @@ class Row(Group):
     def start(self, blocks):
         """Where the keys of neighbouring blocks begin, given the first; so that none lies past the end, perhaps before it."""
         t = self.tiling
-        return jnp.minimum(blocks[0], t.blocks - t.width) * t.kv_block
+        return jnp.minimum(blocks[0] * t.kv_block, t.padded["S"] - t.width * t.kv_block)
 
     def kv_index(self, blocks) -> Int[Array, "k"]:
         """The indices of the keys of these blocks, also of those (negative) that only fill up a visit."""
@@ -310,7 +310,7 @@ class Row(Group):
     def _allowed(self, blocks, q_pos, kv_pos):
         call, t = self.call, self.tiling
         allowed = self._mask(q_pos[:, None, :, None], kv_pos[:, None, None, :])
-        if t.width > 1 or t.padded["S"] > t.S:
+        if t.width > 1 or t.S % t.kv_block:
             allowed = allowed & self.is_key(blocks)[None, None, None, :]
         if call.q_segments is not None:
             q_segments = self.cut(call.q_segments, "BL")

@@ -181,8 +181,9 @@ class Tiling:
 
     @property
     def padded(self) -> dict[str, int]:
-        """Lengths in whole tiles and blocks."""
-        return {"L": self.rows * self.q_tile, "S": self.blocks * self.kv_block}
+        """Lengths to compute with: queries in whole tiles, and keys in whole blocks where a visit cannot end with the last key."""
+        ends_anywhere = not self.gathered and self.width * self.kv_block <= self.S
+        return {"L": self.rows * self.q_tile, "S": self.S if ends_anywhere else self.blocks * self.kv_block}
 
 
 def lists(tiling: Tiling, mask: Mask, *, known: bool, tested: bool, spans: Spans | None = None) -> tuple[TileList, TileList]:
