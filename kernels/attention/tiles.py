@@ -181,7 +181,7 @@ class Tiling:
 
     @property
     def padded(self) -> dict[str, int]:
-        """Lengths to compute with: queries in whole tiles, and keys in whole blocks where a visit cannot end with the last key."""
+        """Lengths to compute with: queries in whole tiles, keys in whole blocks where a visit cannot end with the last key."""
         ends_anywhere = not self.gathered and self.width * self.kv_block <= self.S
         return {"L": self.rows * self.q_tile, "S": self.S if ends_anywhere else self.blocks * self.kv_block}
 
