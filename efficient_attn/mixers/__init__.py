@@ -161,7 +161,6 @@ MIXERS: Mapping[str, Entry] = {
     "sinkhorn": Entry(
         Sinkhorn,
         cost="L block_size + L^2 / block_size",
-        decode=False,
         length_dependent=True,
         refuses_documents=SINKHORN_DOCUMENTS,
         recall="tokens of other blocks come mixed, and so short a training does not learn to sort them",
@@ -199,7 +198,7 @@ MIXERS: Mapping[str, Entry] = {
     "rfa_gate": Entry(GatedRFA, cost="L num_features", bidirectional=False, recall=_SUMS),
     "luna": Entry(Luna, cost="L packed_length", bidirectional_refuses_documents=LUNA_DOCUMENTS, recall=_SUMS),
     "scatterbrain": Entry(
-        Scatterbrain, cost="L (block_size + num_features)", decode=False, refuses_documents=SCATTERBRAIN_DOCUMENTS, recall=_SUMS
+        Scatterbrain, cost="L (block_size + num_features)", refuses_documents=SCATTERBRAIN_DOCUMENTS, recall=_SUMS
     ),
     "linformer": Entry(
         Linformer,

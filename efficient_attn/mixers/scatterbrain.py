@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Mapping
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from efficient_attn.arguments import ConfigError, lookup
+from efficient_attn.mixers.anew import decode_anew
 from efficient_attn.mixers.blocks import in_blocks
 from efficient_attn.mixers.context import Context
 from efficient_attn.mixers.performer import Performer, Projection, positive_features, softmax_exponents
@@ -96,7 +98,7 @@ class Scatterbrain(Performer):
     seed: of the hash outside training.
     implementation: of `kernels.attention.attend`.
 
-    A causal layer does not decode token by token.
+    A causal layer decodes by computing the row anew (`decode_anew`).
     """
 
     support: str = "local"
@@ -105,9 +107,12 @@ class Scatterbrain(Performer):
     look_ahead: int = 1
     seed: int = 0
 
+    @nn.compact
+    def __call__(self, x: Float[Array, "B L E"], ctx: Context) -> Float[Array, "B L E"]:
+        whole = super().__call__
+        return decode_anew(self, x, ctx, whole) if ctx.decode else whole(x, ctx)
+
     def attention(self, q, k, v, x, ctx: Context) -> Float[Array, "B L H P"]:
-        if ctx.decode:
-            raise ConfigError("scatterbrain does not decode token by token; apply it to whole rows")
         if ctx.segment_ids is not None:
             raise ValueError(REFUSES_DOCUMENTS)
         if self.kernel != "softmax":

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from efficient_attn.arguments import ConfigError
+from efficient_attn.mixers.anew import decode_anew
 from efficient_attn.mixers.content import NOBODY, ContentAttention
 from efficient_attn.mixers.context import Context
 from kernels.attention import Dropout, attend, masks
@@ -104,7 +105,7 @@ class Sinkhorn(ContentAttention):
 
     A block is described by the mean of its tokens; where causal, by that of all tokens up to its first one (the paper adds them
     up instead, section 3.3.1). Padding takes no part in any of it. The paper's variant SortCut is left out. In the causal form a
-    token never reads a later one, and decoding would have to keep every block: it is left out.
+    token never reads a later one. A causal layer decodes by computing the row anew (`decode_anew`).
     """
 
     block_size: int = 64
@@ -114,6 +115,9 @@ class Sinkhorn(ContentAttention):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B L E"], ctx: Context) -> Float[Array, "B L E"]:
+        return decode_anew(self, x, ctx, self._whole) if ctx.decode else self._whole(x, ctx)
+
+    def _whole(self, x: Float[Array, "B L E"], ctx: Context) -> Float[Array, "B L E"]:
         (B, L, E), b = x.shape, self.block_size
         self.check(ctx, block_size=b, iterations=self.iterations)
         if ctx.segment_ids is not None:

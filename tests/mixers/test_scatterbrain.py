@@ -153,8 +153,8 @@ def test_errors_name_what_does_not_fit():
     variables = jax.jit(module.init)(jax.random.key(0), x, Context())
     with pytest.raises(ValueError, match=REFUSES_DOCUMENTS):
         module.apply(variables, x, Context(segment_ids=jnp.zeros((1, 4), jnp.int32)))
-    with pytest.raises(ConfigError, match="does not decode token by token"):
-        build(dict(name="scatterbrain", num_heads=2, causal=True)).apply(variables, x, Context(decode=True))
+    with pytest.raises(ConfigError, match="only a causal scatterbrain decodes token by token"):
+        module.apply(variables, x, Context(decode=True))
     with pytest.raises(ConfigError, match="kernel='relu' does not estimate the softmax"):
         build(dict(name="scatterbrain", num_heads=2, kernel="relu")).apply(variables, x, Context())
     with pytest.raises(ConfigError, match="support='lsh' sorts later tokens among earlier ones"):
