@@ -1,13 +1,13 @@
 """The kernels as one differentiable function, and the calls that they cannot run."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kernels.attention.adjoint import differentiable
 from kernels.attention.call import Call, Spec
-from kernels.attention.mosaic.backward import backward
-from kernels.attention.mosaic.forward import forward
 from kernels.attention.mosaic.operands import EVALUATED
 from kernels.attention.mosaic.tiling import HEAD_SIZES, Blocks, is_stored, plan
 
@@ -53,8 +53,14 @@ def attend(
       interpret: run JAX's interpreter of Mosaic GPU kernels; None: where the default device is a CPU.
     """
     interpret = jax.default_backend() == "cpu" if interpret is None else interpret
-    out, lse = _attend(plan(call, interpret, blocks), call)
+    out, lse = _attend()(plan(call, interpret, blocks), call)
     return out, jnp.moveaxis(lse, 1, 2)
 
 
-_attend = differentiable(lambda plan, call: forward(plan.forward, call), backward)
+@functools.cache
+def _attend():
+    """The kernels, loaded where they are called: Mosaic takes half a second to import."""
+    from kernels.attention.mosaic.backward import backward
+    from kernels.attention.mosaic.forward import forward
+
+    return differentiable(lambda plan, call: forward(plan.forward, call), backward)
