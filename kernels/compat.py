@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from jax.experimental.pallas import mosaic_gpu, triton
+from jax.experimental.pallas import triton  # Mosaic where it is called: it takes half a second to import
 
 TRITON_CALL = "__gpu$xla.gpu.triton"
 """The target of the custom call that a Pallas kernel becomes when it is lowered for CUDA through Triton."""
@@ -47,6 +47,8 @@ def abstract_gpu() -> contextlib.AbstractContextManager:
 def mosaic_load(ref, layout) -> jax.Array:
     """From shared memory in a layout of registers; JAX 0.10 asks for an index beside the reference, and to be told that bytes
     are read with conflicts of banks."""
+    from jax.experimental.pallas import mosaic_gpu
+
     if inspect.signature(mosaic_gpu.load).parameters["idx"].default is not inspect.Parameter.empty:
         return mosaic_gpu.load(ref, layout=layout)
     return mosaic_gpu.load(ref, (), layout=layout, optimized=ref.dtype.itemsize > 1)
@@ -54,11 +56,15 @@ def mosaic_load(ref, layout) -> jax.Array:
 
 def mosaic_transposed(ref) -> Any:
     """A reference to the transpose of a matrix in shared memory; references themselves have it since JAX 0.11."""
+    from jax.experimental.pallas import mosaic_gpu
+
     return ref.transpose((1, 0)) if jax.__version_info__ >= (0, 11) else mosaic_gpu.transpose_ref(ref, (1, 0))
 
 
 def mosaic_interpreter() -> Any:
     """What makes `mosaic_gpu.kernel` run on a CPU; public since JAX 0.11."""
+    from jax.experimental.pallas import mosaic_gpu
+
     if hasattr(mosaic_gpu, "InterpretGPUParams"):
         return mosaic_gpu.InterpretGPUParams()
     from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
