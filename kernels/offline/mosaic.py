@@ -89,7 +89,7 @@ def masks_of(name: str, head_size: int) -> list[str]:
     """The patterns that a pass has at a head size."""
     if name == "table":
         return list(WITH_NUMBERS) if head_size <= MAX_BIASED else []
-    return [mask for mask, pattern in MASKS.items() if pattern.bias is None or head_size <= MAX_BIASED]
+    return [mask for mask, p in MASKS.items() if head_size <= MAX_BIASED or (p.bias, p.softcap) == (None, None)]
 
 
 def lower(kernel: Kernel, length: int = LENGTH, sharding: Any = None) -> jax.stages.Lowered:

@@ -107,7 +107,7 @@ REFUSED = {
     "a bias of large heads": (
         (X256, X256, X256),
         {"bias": biases.ALiBi(array(2))},
-        "it has biases up to head size 128, not 256",
+        "it has biases and soft-caps up to head size 128, not 256",
     ),
     "dropout": ((X, X, X), {"dropout": Dropout(0.1, array(2, dtype=jnp.uint32))}, "it has no dropout"),
 }
