@@ -14,8 +14,8 @@ from kernels.attention.mosaic.tiling import HEAD_SIZES, Blocks, is_stored, plan
 DTYPES = ("bfloat16", "float16")
 
 MAX_BIASED = 128
-"""The largest head size with biases and soft-caps: at 256 what a bias adds makes dk spill 60 bytes a thread and dq 8, ALiBi's slopes
-44, a soft-cap 8."""
+"""The largest head size with biases and soft-caps: at 256 what a bias adds makes dk spill 60 bytes a thread and dq 8, ALiBi's
+slopes 44, a soft-cap 8."""
 
 
 def why_not(spec: Spec) -> str | None:
