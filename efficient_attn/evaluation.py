@@ -67,6 +67,17 @@ def restore_best(checkpoints: Checkpoints, plan: Plan, folder: pathlib.Path) -> 
     return step, state
 
 
+def load_best(plan: Plan, folder: pathlib.Path) -> tuple[int, Any]:
+    """The step of the best checkpoint and the model's variables there, with an axis of replicas first where there are any.
+
+    Raises `WorkdirError` where no checkpoint is whole.
+    """
+    checkpoints = open_checkpoints(plan, folder)
+    step, state = restore_best(checkpoints, plan, folder)
+    checkpoints.close()
+    return step, state.evaluated()
+
+
 def score_best(plan: Plan, folder: pathlib.Path) -> dict[str, Any]:
     """Test metrics of the best checkpoint, with its step and validation metrics."""
     placement = plan.placement()

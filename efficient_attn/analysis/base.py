@@ -193,10 +193,8 @@ def load(folder: pathlib.Path, split: Split, tokens: int) -> list[Run]:
     if not hasattr(plan.task, "tokens"):
         raise AnalysisError(f"analyses are of language models on running text; the run's task is {plan.config['task']['name']}")
     plan.task.prepare()
-    checkpoints = evaluation.open_checkpoints(plan, folder)
-    step, state = evaluation.restore_best(checkpoints, plan, folder)
-    checkpoints.close()
-    first = Run(plan, step, plan.seed, state.evaluated(), split, plan.task.tokens(split)[: tokens + 1])
+    step, variables = evaluation.load_best(plan, folder)
+    first = Run(plan, step, plan.seed, variables, split, plan.task.tokens(split)[: tokens + 1])
     if plan.train.replicas == 1:
         return [first]
     ones = [jax.tree.map(lambda x, i=i: x[i], first.variables) for i in range(plan.train.replicas)]

@@ -75,11 +75,13 @@ class PagedCache(ContiguousCache):
     def admit(self, rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> None:
         waiting = list(zip(rows, prompts, strict=True))
         while waiting:  # those that begin alike in turn, so that each can share what those before it have written
-            wave = {
-                (self.shares and tuple(prompt[: self.blocks.block_size])) or row: (row, prompt) for row, prompt in waiting[::-1]
-            }
+            wave = {self._beginning(row, prompt): (row, prompt) for row, prompt in waiting[::-1]}
             self._admit_together(*zip(*wave.values()))
             waiting = [item for item in waiting if item not in wave.values()]
+
+    def _beginning(self, row: int, prompt: Sequence[int]) -> tuple[int, ...]:
+        """What prompts have in common that would share their first block; nobody else's where a prompt shares none."""
+        return tuple(prompt[: self.blocks.block_size]) if self.shares and prompt else (-1 - row,)
 
     def _admit_together(self, rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> None:
         held = [self.blocks.add(row, prompt if self.shares else ()) for row, prompt in zip(rows, prompts)]

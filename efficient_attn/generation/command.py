@@ -63,10 +63,7 @@ def run(folder: pathlib.Path, options: Options) -> None:
     new = options.max_tokens or (min(MAX_TOKENS, room) if room > 0 else MAX_TOKENS)
     options, length = dataclasses.replace(options, max_tokens=new), longest + new
     _check_length(plan, longest, new)
-    checkpoints = evaluation.open_checkpoints(plan, folder)
-    _, state = evaluation.restore_best(checkpoints, plan, folder)
-    checkpoints.close()
-    variables = state.evaluated()
+    _, variables = evaluation.load_best(plan, folder)
     if plan.train.replicas > 1:
         variables = jax.tree.map(lambda x: x[0], variables)
     decoder = Decoder(plan.model, variables)

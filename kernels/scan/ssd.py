@@ -77,28 +77,34 @@ def ssd(
     choice = explain_ssd(x, dt, A, B, C, D, dt_bias, h0=h0, reset=reset, reverse=reverse, implementation=implementation)
     _check_limits(dt_limit)
     dtype = _state_dtype(x, dt, A, B, C, D, dt_bias, h0)
-    batch, _, heads, head_dim = x.shape
-    groups, states = B.shape[2:]
-    h0 = jnp.zeros((batch, heads, head_dim, states), dtype) if h0 is None else h0.astype(dtype)
-    if carried.is_split():
-        arrays = dict(x=x, dt=dt, A=A, B=B, C=C, D=D, dt_bias=dt_bias, reset=reset)
-        return _on_mesh(arrays, h0, softplus, dt_limit, reverse, choice.name)
-    full, dt, A, B, C, D, dt_bias = (v if v is None else v.astype(dtype) for v in (x, dt, A, B, C, D, dt_bias))
+    state = (x.shape[0], *x.shape[2:], B.shape[3])
+    h0 = jnp.zeros(state, dtype) if h0 is None else h0.astype(dtype)
+    run = _on_mesh if carried.is_split() else _on_one_device
+    arrays = dict(x=x, dt=dt, A=A, B=B, C=C, D=D, dt_bias=dt_bias, reset=reset)
+    return run(arrays, h0, softplus, dt_limit, reverse, choice.name)
+
+
+def _on_one_device(arrays, h0, softplus: bool, dt_limit, reverse: bool, implementation: str):
+    x, reset, dtype = arrays["x"], arrays["reset"], h0.dtype
+    full, dt, A, B, C, D, dt_bias = (
+        None if arrays[name] is None else arrays[name].astype(dtype) for name in ("x", "dt", "A", "B", "C", "D", "dt_bias")
+    )
+    groups = B.shape[2]
     dt = _step_sizes(dt, dt_bias, softplus, dt_limit)
     log_decay = _log_decay(dt, A, None if reset is None else keeps(reset, reverse, dtype))
 
     def grouped(v):
-        return None if v is None else v.reshape(*v.shape[:2], groups, heads // groups, *v.shape[3:])
+        return None if v is None else v.reshape(*v.shape[:2], groups, -1, *v.shape[3:])
 
     def in_time(v):
         return jnp.flip(v, axis=1) if reverse else v
 
     ready = (grouped(full * dt[..., None]), grouped(log_decay), B, C)
-    h0 = h0.reshape(batch, groups, heads // groups, head_dim, states)
-    y, last = IMPLEMENTATIONS[choice.name].run(*jax.tree.map(in_time, ready), h0)
+    by_group = h0.reshape(len(h0), groups, -1, *h0.shape[2:])
+    y, last = IMPLEMENTATIONS[implementation].run(*jax.tree.map(in_time, ready), by_group)
     y = in_time(y).reshape(x.shape)
     y = y if D is None else y + D[None, None, :, None] * full
-    return y.astype(x.dtype), last.reshape(batch, heads, head_dim, states)
+    return y.astype(x.dtype), last.reshape(h0.shape)
 
 
 def _step_sizes(dt, dt_bias, softplus: bool, dt_limit) -> Float[Array, "B L H"]:
