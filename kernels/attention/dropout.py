@@ -2,12 +2,15 @@
 
 import dataclasses
 import functools
+import numbers
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
+
+from kernels.dispatch import shown
 
 WORDS = 6
 """Of the key two, and the first batch row, head, query and key."""
@@ -33,8 +36,14 @@ class Dropout:
     stride: int = 1
 
     def __post_init__(self):
-        if not 0 <= self.rate < 1:
-            raise ValueError(f"Dropout(rate={self.rate}): the rate is a probability; use 0 <= rate < 1")
+        if isinstance(self.rate, bool) or not isinstance(self.rate, numbers.Real) or not 0 <= self.rate < 1:
+            raise ValueError(f"Dropout(rate={shown(self.rate)}): the rate is a probability; use 0 <= rate < 1")
+
+    def problem(self) -> str | None:
+        """Why the key is none, or None."""
+        typed = jnp.issubdtype(getattr(self.key, "dtype", None), jax.dtypes.prng_key) and self.key.shape == ()
+        words = getattr(self.key, "dtype", None) == np.uint32 and self.key.ndim == 1 and self.key.size > 1
+        return None if typed or words else f"its key is {shown(self.key)}; give one JAX PRNG key, as jax.random.key(seed) makes"
 
     def at(self, origin: UInt32[Array, "4"]) -> "Dropout":
         """The same dropout, told of part of the arrays alone: its first batch row, head, query and key."""

@@ -3,7 +3,6 @@
 import dataclasses
 import random
 import re
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels.attention import Dropout, attend, biases, masks
+from tests.fuzz.judge import Case, WrongResult
 from tests.fuzz.scans import compare, damage, numbers
 
 CLEAR = re.compile(r"^(attend: |\w+(\(.*\))?: |masks of )")
@@ -22,36 +22,64 @@ SIZE = 4
 INTEGERS = (-3, -1, 0, 1, 2, 5, 64, 10**12, 1.5, "2", None, True)
 
 
-def simple_mask(rng: random.Random) -> masks.Mask:
+def simple_mask(rng: random.Random, queries: int, keys: int) -> str:
+    """The expression of a mask that fits so many queries and keys."""
     n = rng.choice((1, 2, 3, 7, 64))
+    last = rng.randrange(max(queries, keys))
     return rng.choice(
         (
-            masks.Full(), masks.Causal(), masks.Window(n), masks.Window(n, dilation=rng.choice((1, 2))), masks.Strided(n),
-            masks.Fixed(n, rng.choice((1, n))), masks.BlockLocal(n), masks.Global((0, rng.choice((1, 5)))), masks.Band(-n, 0),
-            masks.random_blocks(0, 64, 16, 1),
+            "Full()", "Causal()", f"Window({n})", f"Window({n}, dilation={rng.choice((1, 2))})", f"Strided({n})",
+            f"Fixed({n}, {rng.choice((1, n))})", f"BlockLocal({n})", f"BlockLocal({n}, 1, {rng.choice((0, 1))})",
+            f"Global((0, {last}))", f"GlobalKeys([{last}])", f"Band({n}, 0)", f"Band({n}, {rng.choice((-n, -1, 2))})",
+            f"random_blocks({n}, {-(-min(queries, keys) // n)}, 2, {n})", f"butterfly({n}, {-(-min(queries, keys) // n)})",
+            "Predicate(odd_sum)",
         )
     )  # fmt: skip
 
 
-def any_mask(rng: random.Random, heads: int) -> masks.Mask:
-    """A mask as documented: one, or a combination of two."""
-    a, b = simple_mask(rng), simple_mask(rng)
-    return rng.choice(
-        (lambda: a, lambda: a & b, lambda: a | b, lambda: a & ~b, lambda: masks.PerHead([a, b] * (heads // 2) or [a]))
-    )()
+def odd_sum(q_pos, kv_pos):
+    return (q_pos + kv_pos) % 2 == 1
 
 
-def no_mask(rng: random.Random) -> Any:
-    """What `attend`, or a mask's constructor, must refuse, mostly."""
-    if rng.random() < 0.4:
-        return rng.choice(
-            (None, "causal", True, np.ones((3, 3), bool), jnp.ones((2, 1, 3, 3), bool), masks.Causal, lambda q, k: k <= q)
-        )
+def any_mask(rng: random.Random, queries: int, keys: int, heads: int) -> str:
+    """The expression of a mask as documented: one, or a combination of two."""
+    a, b = simple_mask(rng, queries, keys), simple_mask(rng, queries, keys)
+    per_head = f"PerHead([{', '.join([a, b] * (heads // 2) or [a])}])"
+    return rng.choice((a, f"{a} & {b}", f"{a} | {b}", f"{a} & ~{b}", per_head))
+
+
+def odd_mask(rng: random.Random) -> str:
+    """The expression of a mask whose fields are drawn blindly: mostly refused."""
     build = rng.choice(
         (masks.Window, masks.Strided, masks.BlockLocal, masks.Band, masks.Fixed, masks.Global, masks.Local1D, masks.PerHead)
     )
     fields = [field for field in dataclasses.fields(build) if field.init and not field.name.startswith("_")]
-    return build(*(rng.choice(INTEGERS) for _ in fields))
+    return f"{build.__name__}({', '.join(repr(rng.choice(INTEGERS)) for _ in fields)})"
+
+
+BAD = {
+    "mask": (
+        "None", "'causal'", "True", "np.ones((3, 3), bool)", "jnp.ones((2, 1, 3, 3), bool)", "Causal", "lambda q, k: k <= q",
+        "Band(-2, 0)", "Band(2, -3)", "Band(1, 1, 0)", "Window(0)", "Window(2.5)", "Strided(0)", "Fixed(2, 3)", "BlockLocal(-1)",
+        "Global(())", "Global((-1,))", "Global((10**6,))", "GlobalKeys('a')", "random_blocks(0, 64, 16, 1)", "butterfly(4, 99)",
+        "PerHead(())", "PerHead([Causal()] * 3)", "PerHead(Causal())", "Causal() & 'x'", "permuted(2, (0, 0))",
+    ),
+    "bias": ("Dense(jnp.zeros((9, 9, 9, 9)))", "Dense(3)", "Dense(None)", "Dense('x')", "Dense([[1.0]])", "jnp.zeros((3, 3))"),
+    "dropout": (
+        "0.1", "Dropout(1.0, key(0))", "Dropout(-0.1, key(0))", "Dropout(2, None)", "Dropout('x', key(0))",
+        "Dropout(None, key(0))", "Dropout(float('nan'), key(0))", "Dropout(True, key(0))", "Dropout(0.5, None)",
+        "Dropout(0.5, 3)", "Dropout(0.5, split(key(0), 3))", "Dropout(0.5, jnp.zeros(2))",
+    ),
+    "softcap": ("0", "-1.0", "'x'", "float('nan')", "True"),
+    "scale": ("float('inf')", "'x'", "jnp.float32(0.5)", "True"),
+    "implementation": ("'no such'", "3", "''"),
+    "return_lse": ("None", "1", "'yes'"),
+}  # fmt: skip
+"""What `attend`, or a constructor, must refuse, whatever the other arguments are."""
+NAMES = {
+    **vars(masks), **vars(biases), "np": np, "jnp": jnp, "Dropout": Dropout, "key": jax.random.key, "split": jax.random.split,
+    "odd_sum": odd_sum,
+}  # fmt: skip
 
 
 def any_bias(rng: random.Random, batch: int, queries: int, keys: int, heads: int) -> Any:
@@ -66,17 +94,7 @@ def any_bias(rng: random.Random, batch: int, queries: int, keys: int, heads: int
     )()
 
 
-def no_bias(rng: random.Random, batch: int, queries: int, keys: int, heads: int) -> Any:
-    return rng.choice(
-        (
-            lambda: biases.Dense(jnp.asarray(numbers(rng, (batch, heads, keys + 1, queries)))),
-            lambda: biases.Dense(rng.choice((3, None, "x", [[1.0]]))),
-            lambda: jnp.zeros((queries, keys)),
-        )
-    )()
-
-
-def arguments_of(rng: random.Random, wrong: bool) -> dict[str, Any]:
+def arguments_of(rng: random.Random) -> dict[str, Any]:
     (batch, queries, keys), (heads, groups) = rng.choice(SHAPES), rng.choice(HEADS)
     dtype = rng.choice(("float32", "float32", "bfloat16"))
     shapes = {
@@ -94,19 +112,19 @@ def arguments_of(rng: random.Random, wrong: bool) -> dict[str, Any]:
     if rng.random() < 0.2:
         given["kv_positions"] = jnp.asarray(draw.integers(-5, 90, (keys,)), jnp.int32)
     if rng.random() < 0.2:
-        given["softcap"] = rng.choice((0, -1.0, "x", float("nan")) if wrong else (1.5, 30))
+        given["softcap"] = rng.choice((1.5, 30))
     if rng.random() < 0.2:
-        given["scale"] = rng.choice((float("inf"), "x", jnp.float32(0.5)) if wrong else (0.3, 1, -2.0))
+        given["scale"] = rng.choice((0.3, 1, -2.0))
     if rng.random() < 0.3:
         given["return_lse"] = True
     if rng.random() < 0.6:
-        given["implementation"] = rng.choice(("xla", "cudnn", "no such", 3) if wrong else ("chunked", "reference"))
+        given["implementation"] = rng.choice(("chunked", "reference"))
     return given
 
 
 def expected(
     q, k, v, mask=None, bias=None, segment_ids=None, q_positions=None, kv_positions=None, softcap=None, scale=None,
-    return_lse=False, implementation=None,
+    dropout=None, return_lse=False, implementation=None,
 ):  # fmt: skip
     """The output and the log-sum-exp of a call that is as documented."""
     mask = masks.Full() if mask is None else mask
@@ -132,45 +150,56 @@ def expected(
     with np.errstate(all="ignore"):
         lse = np.logaddexp.reduce(score, axis=-1)
         weights = np.where(allowed, np.exp(score - lse[..., None]), 0)
+    if dropout is not None:
+        weights = weights * np.asarray(dropout.scale(*map(jnp.arange, weights.shape)), np.float64)
     return np.einsum("bhqk,bkhd->bqhd", weights, v), np.swapaxes(lse, 1, 2)
 
 
-def case(rng: random.Random) -> tuple[str, Callable[[], str]]:
-    wrong = rng.random() < 0.6
-    given = arguments_of(rng, wrong and rng.random() < 0.3)
-    batch, queries, heads, _ = given["q"].shape
-    keys, how = given["k"].shape[1], "as documented"
-    draws = rng.getrandbits(32)
-    if wrong and rng.random() < 0.7:
-        how = "; ".join(damage(rng, given) for _ in range(rng.choice((1, 1, 2))))
-    with_mask, with_bias, with_dropout = rng.random() < 0.7, rng.random() < 0.25, rng.random() < 0.08
+def check(given: dict[str, Any]) -> str:
+    """Whether `attend` gives what the specification gives."""
+    got = attend(**given)
+    out, lse = got if given.get("return_lse") else (got, None)
+    right, right_lse = expected(**given)
+    tolerance = 4e-2 if given["q"].dtype == jnp.bfloat16 else 2e-4
+    compare("output", np.asarray(out, np.float64), right, tolerance)
+    if lse is not None:
+        lse = np.asarray(lse, np.float64)
+        if not np.array_equal(np.isneginf(lse), np.isneginf(right_lse)):
+            raise WrongResult("lse: rows without a pair")
+        compare("lse", np.where(np.isneginf(lse), 0, lse), np.where(np.isneginf(right_lse), 0, right_lse), tolerance)
+    return "right"
+
+
+def case(rng: random.Random) -> Case:
+    """A sound call; one that is sound but for an argument of `BAD`; or one with arguments damaged, or a mask drawn, blindly."""
+    given = arguments_of(rng)
+    (batch, queries, heads, _), keys = given["q"].shape, given["k"].shape[1]
+    told, expects = {}, rng.choices(("right", "refused", None), (5, 2, 3))[0]
+    if rng.random() < 0.75:
+        told["mask"] = any_mask(rng, queries, keys, heads)
+    if rng.random() < 0.15:
+        told["dropout"] = f"Dropout({rng.choice((0.0, 0.5))}, key(0))"
+    bias = any_bias(rng, batch, queries, keys, heads) if rng.random() < 0.25 else None
+    how = "as documented"
+    if expects == "refused":
+        name = rng.choice(list(BAD))
+        told[name], how = rng.choice(BAD[name]), f"bad {name}"
+        given.pop(name, None)
+    elif expects is None:
+        how = "odd"
+        if rng.random() < 0.3:
+            told["mask"] = odd_mask(rng)
+        elif rng.random() < 0.1:
+            given["implementation"] = rng.choice(("xla", "cudnn"))
+        else:
+            how = "; ".join(damage(rng, given) for _ in range(rng.choice((1, 1, 2))))
+    if bias is not None and "bias" not in told:
+        given["bias"] = bias
+
+    def build_and_check() -> str:
+        built = {name: eval(expression, NAMES) for name, expression in told.items()}  # what a constructor refuses is refused here
+        return check({**given, **built})
+
     shapes = {k: (str(v.dtype), v.shape) if isinstance(v, np.ndarray | jax.Array) else v for k, v in given.items()}
-
-    def check() -> str:
-        own = random.Random(draws)  # a mask that its constructor refuses is refused here
-        if with_mask:
-            given["mask"] = no_mask(own) if wrong and own.random() < 0.5 else any_mask(own, heads)
-        if with_bias:
-            make = no_bias if wrong and own.random() < 0.5 else any_bias
-            given["bias"] = make(own, batch, queries, keys, heads)
-        if with_dropout:
-            dropout = own.choice((Dropout(0.5, jax.random.key(0)), Dropout(own.choice((1.0, -0.1, 2)), None), 0.1))
-            got = attend(**given, dropout=dropout)
-            assert isinstance(dropout, Dropout) and dropout.rate == 0.5, f"accepted {dropout!r}"
-            out = got[0] if given.get("return_lse") else got
-            assert out.shape == (*given["q"].shape[:3], given["v"].shape[3]), "shape of the output"
-            return "right shape"
-        got = attend(**given)
-        out, lse = got if given.get("return_lse") else (got, None)
-        right, right_lse = expected(**given)
-        low = given["q"].dtype == jnp.bfloat16
-        compare("output", np.asarray(out, np.float64), right, 4e-2 if low else 2e-4)
-        if lse is not None:
-            lse = np.asarray(lse, np.float64)
-            assert np.array_equal(np.isneginf(lse), np.isneginf(right_lse)), "rows without a pair"
-            compare(
-                "lse", np.where(np.isneginf(lse), 0, lse), np.where(np.isneginf(right_lse), 0, right_lse), 4e-2 if low else 2e-4
-            )
-        return "right"
-
-    return f"{how} mask={with_mask} bias={with_bias} dropout={with_dropout} {shapes}"[:500], check
+    expressions = " ".join(f"{name}={expression}" for name, expression in told.items())
+    return Case(f"{how}: {expressions} {shapes}"[:500], build_and_check, expects)

@@ -8,7 +8,7 @@ import math
 import pathlib
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -20,6 +20,7 @@ from efficient_attn.arguments import ConfigError
 from efficient_attn.config import normal_form
 from efficient_attn.plan import describe, example_batch, make_plan
 from efficient_attn.steps import train_step
+from tests.fuzz.judge import Case
 
 ROOT = pathlib.Path(__file__).parents[2]
 CLEAR = None  # only the project's own errors
@@ -127,12 +128,12 @@ def as_flags(argv: list[str]) -> str:
     return accept(values.config)
 
 
-def case(rng: random.Random) -> tuple[str, Callable[[], str]]:
+def case(rng: random.Random) -> Case:
     recipe = rng.choice(recipes())
     config = shrunk(recipe)
     if rng.random() < 0.7:
         how = [mutate(rng, config) for _ in range(rng.choice((1, 1, 1, 2, 3)))]
-        return f"{recipe} {'; '.join(how)}", lambda: accept(config)
+        return Case(f"{recipe} {'; '.join(how)}", lambda: accept(config))
     overrides = []
     for _ in range(rng.choice((1, 1, 2))):
         path = rng.choice([p for p in leaves(config) if p[0] not in ("name", "recipe")])
@@ -145,4 +146,4 @@ def case(rng: random.Random) -> tuple[str, Callable[[], str]]:
     file, _, variant = recipe.partition(":")
     depth = [f"--config.model.depth={config['model']['depth']}"] if isinstance(config["model"].get("depth"), int) else []
     argv = ["train.py", f"--config={ROOT / 'configs' / file}.py:{variant}", *depth, *overrides]
-    return " ".join([recipe, *overrides]), lambda: as_flags(argv)
+    return Case(" ".join([recipe, *overrides]), lambda: as_flags(argv))

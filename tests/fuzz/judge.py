@@ -12,6 +12,7 @@ import signal
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from typing import Literal
 
 from efficient_attn.arguments import ConfigError
 from efficient_attn.tasks.base import TaskError
@@ -33,8 +34,23 @@ class WrongResult(AssertionError):
 
 
 @dataclasses.dataclass(frozen=True)
+class Case:
+    """told: what it does. check: returns what it found ("right") or raises.
+
+    expects: "right" of a sound case, which must not be refused; "refused" of one that must be; None where either will do.
+    """
+
+    told: str
+    check: Callable[[], str]
+    expects: Literal["right", "refused"] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Finding:
-    """A defect. what: "hang", "wrong result", "bare error" or "unclear error". where: file and line."""
+    """A defect. where: file and line.
+
+    what: "hang", "wrong result", "bare error", "unclear error", "sound, but refused" or "bad, but accepted".
+    """
 
     what: str
     case: str
@@ -71,37 +87,43 @@ def time_limit(seconds: float) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def run(case: str, check: Callable[[], str], clear: re.Pattern | None, seconds: float, tally: Tally) -> None:
-    """Run `check`, which returns what it found ("right") or raises, and count the outcome.
+def run(case: Case, clear: re.Pattern | None, seconds: float, tally: Tally) -> None:
+    """Run the case and count the outcome.
 
     clear: what the message of a ValueError or TypeError must match to count as clear; None: only project errors count.
     """
     began = time.process_time()
     try:
         with time_limit(seconds):
-            outcome = check()
+            outcome = case.check()
+        if case.expects == "refused":
+            tally.findings.append(Finding("bad, but accepted", case.told, f"gave: {outcome}", ""))
+            outcome = "bad, but accepted"
     except Hang as hang:
-        tally.findings.append(Finding("hang", case, f"more than {seconds:g} s of the processor", _where(hang)))
+        tally.findings.append(Finding("hang", case.told, f"more than {seconds:g} s of the processor", _where(hang)))
         outcome = "hang"
     except Exception as error:
         outcome = _judge(error, case, clear, tally)
     tally.outcomes[outcome] += 1
-    tally.slowest = max(tally.slowest, (time.process_time() - began, case))
+    tally.slowest = max(tally.slowest, (time.process_time() - began, case.told))
 
 
-def _judge(error: Exception, case: str, clear: re.Pattern | None, tally: Tally) -> str:
+def _judge(error: Exception, case: Case, clear: re.Pattern | None, tally: Tally) -> str:
     message = str(error)
     lines = message.strip().splitlines()
     if isinstance(error, WrongResult):
         what = "wrong result"
     elif isinstance(error, PROJECT_ERRORS) or (clear and isinstance(error, ValueError | TypeError) and clear.search(message)):
         if lines and len(lines[0]) <= LONGEST_MESSAGE and all(line.startswith("  ") for line in lines[1:]):
-            return "refused"
-        what = "unclear error"
+            if case.expects != "right":
+                return "refused"
+            what = "sound, but refused"
+        else:
+            what = "unclear error"
     else:
         what = "bare error"
     detail = f"{type(error).__name__}: {' | '.join(lines)[:400]}"
-    tally.findings.append(Finding(what, case, detail, _where(error)))
+    tally.findings.append(Finding(what, case.told, detail, _where(error)))
     return what
 
 

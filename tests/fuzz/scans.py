@@ -3,7 +3,6 @@
 import math
 import random
 import re
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,7 +11,7 @@ import numpy as np
 
 from kernels.dispatch import shown
 from kernels.scan import linear_scan, selective_scan, ssd
-from tests.fuzz.judge import WrongResult
+from tests.fuzz.judge import Case, WrongResult
 
 CLEAR = re.compile(r"^(linear_scan|selective_scan|ssd): ")
 SECONDS = 60.0
@@ -22,6 +21,8 @@ ODD = (
     None, 3, 2.5, "a", [1.0, 2.0], (), np.zeros((2, 2)), np.float32(1.0), np.zeros((0,)), np.zeros((1, 0, 2), np.float32),
     np.ones((2, 3, 4, 5, 6), np.float32),
 )  # fmt: skip
+LIMITS = ((0.0, math.inf), (0.1, 0.5))
+BAD_LIMITS = ((0.5, 0.1), 3, (1,), ("a", "b"), (math.nan, 1.0))
 WRONG_TYPES = ("int32", "bool", "uint8", "complex64", "str", "object")
 
 
@@ -153,7 +154,7 @@ def dual(rng: random.Random):
     if rng.random() < 0.4:
         options["h0"] = numbers(rng, (batch, heads, size, states))
     if rng.random() < 0.2:
-        options["dt_limit"] = rng.choice(((0.0, math.inf), (0.1, 0.5), (0.5, 0.1), 3, (1,), ("a", "b"), (math.nan, 1.0)))
+        options["dt_limit"] = rng.choice((*LIMITS, *BAD_LIMITS))
 
     def expected(
         x, dt, A, B, C, D=None, dt_bias=None, h0=None, reset=None, reverse=False, implementation=None, dt_limit=(0, math.inf)
@@ -170,12 +171,20 @@ def dual(rng: random.Random):
     return ssd, arguments, options, expected, 1e-4
 
 
-def case(rng: random.Random) -> tuple[str, Callable[[], str]]:
+def expectation(options: dict[str, Any]) -> str | None:
+    """Of arguments as documented with these options."""
+    if options.get("implementation") == "no such" or options.get("dt_limit") in BAD_LIMITS:
+        return "refused"
+    return None if options.get("implementation") == "portable" else "right"
+
+
+def case(rng: random.Random) -> Case:
     op, arguments, options, expected, tolerance = rng.choice((linear, selective, dual))(rng)
     given = {**arguments, **options}
-    how = "as documented"
+    how, expects = "as documented", expectation(options)
     if rng.random() < 0.7:
         how = "; ".join(damage(rng, given) for _ in range(rng.choice((1, 1, 2))))
+        expects = None
     shapes = {k: (str(v.dtype), v.shape) if isinstance(v, np.ndarray | jax.Array) else v for k, v in given.items()}
 
     def check() -> str:
@@ -186,4 +195,4 @@ def case(rng: random.Random) -> tuple[str, Callable[[], str]]:
             compare(name, wide, np.asarray(y), max(tolerance, 2e-2 if loose else 0))
         return "right"
 
-    return f"{op.__name__} {how} {shapes}"[:500], check
+    return Case(f"{op.__name__} {how} {shapes}"[:500], check, expects)

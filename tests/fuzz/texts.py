@@ -18,7 +18,7 @@ import PIL.Image
 import tensorflow_datasets as tfds
 
 from efficient_attn.tasks import image, listops, lm_text, pathfinder, records, retrieval, text
-from tests.fuzz.judge import WrongResult
+from tests.fuzz.judge import Case, WrongResult
 
 CLEAR = None  # only the project's own errors
 SECONDS = 20.0
@@ -225,7 +225,7 @@ FORMATS: dict[str, tuple[Callable[[], bytes], Callable[[pathlib.Path, bool], Non
 }  # fmt: skip
 
 
-def case(rng: random.Random) -> tuple[str, Callable[[], str]]:
+def case(rng: random.Random) -> Case:
     name = rng.choice(list(FORMATS))
     make, read = FORMATS[name]
     data, how = make(), []
@@ -248,4 +248,4 @@ def case(rng: random.Random) -> tuple[str, Callable[[], str]]:
                 require(not partial, f"left {partial}")
         return f"right ({'sound' if sound else 'damaged'} input)"
 
-    return f"{name} {'; '.join(how) or 'sound'}", check
+    return Case(f"{name} {'; '.join(how) or 'sound'}", check, "right" if sound else None)

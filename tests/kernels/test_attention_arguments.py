@@ -57,6 +57,14 @@ OF_ANOTHER_TYPE = {
     "attend([1.0], x, x)": "q is list; an array of four axes",
     "attend(x, x, x, scale='a')": "scale='a'; give a number",
     "attend(x, x, x, softcap='a')": "softcap='a'; give a positive number",
+    "attend(x, x, x, scale=True)": "scale=True; give a number",
+    "attend(x, x, x, softcap=True)": "softcap=True; give a positive number",
+    "Dropout('x', key)": "Dropout(rate='x'): the rate is a probability",
+    "Dropout(None, key)": "Dropout(rate=None): the rate is a probability",
+    "attend(x, x, x, dropout=Dropout(0.5, None))": "dropout: its key is None; give one JAX PRNG key",
+    "attend(x, x, x, dropout=Dropout(0.5, 3))": "dropout: its key is 3; give one JAX PRNG key",
+    "attend(x, x, x, dropout=Dropout(0.5, split(key, 3)))": "dropout: its key is an array key<fry> (3,); give one",
+    "attend(x, x, x, dropout=Dropout(0.5, jnp.zeros(2)))": "dropout: its key is an array float32 (2,); give one",
     "attend(x, x, x, segment_ids=[0] * 4)": "segment_ids (queries) is list; an array of integers",
     "attend(x, x, x, segment_ids=(ids,))": "a tuple of 1; give one array, or",
     "masks.Window(2.5)": "Window: size=2.5; a whole number",
@@ -70,8 +78,9 @@ def test_arguments_of_another_type_are_refused_in_one_line():
     """In a process of its own, without the checking of annotations that the tests switch on."""
     script = f"""
 import jax.numpy as jnp
-from kernels.attention import attend, masks
-x, ids = jnp.zeros((1, 4, 2, 8)), jnp.zeros((1, 4), int)
+from jax.random import key, split
+from kernels.attention import Dropout, attend, masks
+x, ids, key = jnp.zeros((1, 4, 2, 8)), jnp.zeros((1, 4), int), key(0)
 for expression in {list(OF_ANOTHER_TYPE)!r}:
     try:
         eval(expression)
