@@ -25,7 +25,19 @@ def flipped_bit(place: Place) -> Row:
 
 
 def truncated(place: Place) -> Row:
-    return checkpoint(place, lambda data: data[: len(data) // 2])
+    return checkpoint(place, halve)
+
+
+def flipped_records(place: Place) -> Row:
+    return records(place, flip)
+
+
+def truncated_records(place: Place) -> Row:
+    return records(place, halve)
+
+
+def halve(data: bytes) -> bytes:
+    return data[: len(data) // 2]
 
 
 def flip(data: bytes) -> bytes:
@@ -33,13 +45,13 @@ def flip(data: bytes) -> bytes:
     return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
 
 
-def records(place: Place) -> Row:
+def records(place: Place, damage: Callable[[bytes], bytes]) -> Row:
+    """Every file of the training records is damaged."""
     here = dataclasses.replace(place, data=place.folder / "data")
     shutil.copytree(place.data, here.data)
     files = list(here.data.glob("*/*-train.array_record-*"))
     for file in files:
-        data = file.read_bytes()
-        file.write_bytes(data[: len(data) // 2])
+        file.write_bytes(damage(file.read_bytes()))
     status, program = here.train()
     assert status == 2, (status, program.err)
     says = here.said(program)
