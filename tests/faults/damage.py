@@ -29,7 +29,8 @@ def truncated(place: Place) -> Row:
 
 
 def flipped_records(place: Place) -> Row:
-    return records(place, flip)
+    """Within the examples: what follows them in the first half is padding."""
+    return records(place, lambda data: flip(data, at=len(halve(data).rstrip(b"\0")) // 2))
 
 
 def truncated_records(place: Place) -> Row:
@@ -40,9 +41,10 @@ def halve(data: bytes) -> bytes:
     return data[: len(data) // 2]
 
 
-def flip(data: bytes) -> bytes:
-    middle = len(data) // 2
-    return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+def flip(data: bytes, at: int | None = None) -> bytes:
+    """at: of which byte; None is the middle one."""
+    at = len(data) // 2 if at is None else at
+    return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
 
 
 def records(place: Place, damage: Callable[[bytes], bytes]) -> Row:
