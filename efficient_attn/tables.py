@@ -42,12 +42,15 @@ Place = tuple[str, str, str]
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-    """`key` of eval.json times `scale` is the figure, in `unit`; `better` says which end is."""
+    """`key` of eval.json times `scale` is the figure, in `unit`; `better` says which end is. change: the figure is what an
+    intervention does to a score; it tells how a model works, and no row is the best of it.
+    """
 
     key: str = "test_accuracy"
     unit: str = "%"
     scale: float = 100.0
     better: Literal["max", "min"] = "max"
+    change: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

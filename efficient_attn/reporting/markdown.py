@@ -27,7 +27,7 @@ def _orderings(verdicts: Iterable[Verdict]) -> str:
 
 def _section(section: Section) -> str:
     protocol, metric = section.protocol, section.metric
-    caption = f"**{protocol.title}** (`{section.name}`), {metric.key} in {metric.unit}. {text.caption(section)}"
+    caption = f"**{protocol.title}** (`{section.name}`). {text.quantity(metric)}. {text.caption(section)}"
     rows = []
     for row, figures in section.figures.items():
         cells = [_cell(section, figure) for figure in figures.values()]

@@ -109,10 +109,11 @@ class SectionView:
         for column, sizes in found.items():
             fixed = ", ".join(f"{name} = {value:g}" for name, value in sizes.items() if name != last)
             groups.setdefault(fixed, {})[sizes[last]] = column
-        panels = [(title, self._trend(columns, SIZES.get(last, last))) for title, columns in groups.items() if len(columns) > 1]
-        return SIZES.get(last, last), [(title, svg) for title, svg in panels if svg]
+        size = SIZES.get(last, last)
+        panels = [self._trend(title, columns, size) for title, columns in groups.items() if len(columns) > 1]
+        return size, [panel for panel in panels if panel]
 
-    def _trend(self, columns: Mapping[float, str], size: str) -> Markup:
+    def _trend(self, title: str, columns: Mapping[float, str], size: str) -> Panel | None:
         lines = []
         for row, style in self.styles.items():
             figures = {x: self.section.figures[row][column] for x, column in columns.items()}
@@ -120,9 +121,12 @@ class SectionView:
             if measured:
                 spread = [figure.sd or 0.0 for figure in measured.values()]
                 lines.append(Line(style, [(x, figure.mean) for x, figure in measured.items()], spread if any(spread) else ()))
+        if not lines:
+            return None
         floors = self.section.protocol.floors.get(next(iter(columns.values())), {})
-        log_y = not self.percent and all(y > 0 for line in lines for _, y in line.points)
-        return Markup(plots.trend(lines, floors, size, unit=self.section.metric.unit, log_y=log_y)) if lines else Markup("")
+        log_y = not self.percent and plots.spans_a_decade(lines)
+        svg = plots.trend(lines, floors, size, unit=self.section.metric.unit, log_y=log_y)
+        return _with_scale(title, log_y), Markup(svg)
 
     @property
     def states(self) -> list[Panel]:
@@ -140,7 +144,11 @@ class SectionView:
 
     @property
     def bubbles(self) -> list[Panel]:
-        """A panel for each column in which several rows ran: figure against training speed, memory as area."""
+        """A panel for each column in which several rows ran: figure against training speed, memory as area; none of changes,
+        which are no quality.
+        """
+        if self.section.metric.change:
+            return []
         panels = []
         for column in self.section.protocol.columns:
             found = [bubble for row in self.styles if (bubble := self._bubble(row, column))]
@@ -190,8 +198,14 @@ class SectionView:
             points = {name: [(int(n), value) for n, value in self.speeds[name][kind].items()] for name in timed}
             lines = [Line(timed[name], found) for name, found in points.items() if found]
             if len(lines) > 1:
-                panels.append((title, Markup(plots.trend(lines, {}, "length", unit="", log_y=True))))
+                log_y = plots.spans_a_decade(lines)
+                panels.append((_with_scale(title, log_y), Markup(plots.trend(lines, {}, "length", unit="", log_y=log_y))))
         return panels
+
+
+def _with_scale(title: str, log_y: bool) -> str:
+    """A panel's title that says where its vertical axis is logarithmic."""
+    return f"{title}, logarithmic".removeprefix(", ") if log_y else title
 
 
 def mixers_of(figure: Figure) -> Sequence[str]:

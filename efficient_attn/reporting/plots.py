@@ -5,6 +5,7 @@ Rows of a table keep one style on all figures of a section: `style(i)`. What the
 
 import dataclasses
 import io
+import itertools
 import math
 import re
 import zlib
@@ -84,11 +85,9 @@ def curves(lines: Sequence[Line], floors: Mapping[str, float], percent: bool) ->
         _floors(axes, floors)
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: short(x)))
-        axes.yaxis.set_major_locator(MaxNLocator(5))
         axes.set_xlim(left=0)
         axes.set_xlabel("step", labelpad=1)
-        if percent:
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g} %"))
+        _label_y(axes, "%" if percent else "")
 
     return _panel(draw)
 
@@ -96,9 +95,9 @@ def curves(lines: Sequence[Line], floors: Mapping[str, float], percent: bool) ->
 def trend(
     lines: Sequence[Line], floors: Mapping[str, float], xlabel: str, *, unit: str, log_y: bool = False, every_tick: bool = True
 ) -> str:
-    """Figures against a size on a logarithmic axis, with bands of a standard deviation.
+    """Figures against a size, with bands of a standard deviation; the size's axis is logarithmic unless sizes are evenly spaced.
 
-    every_tick: a tick at each size, else at some powers of two.
+    every_tick: a tick at each size, with a number where there is room; else at some powers of two.
     """
 
     def draw(axes: Axes) -> None:
@@ -109,27 +108,57 @@ def trend(
                 low, high = [a - s for a, s in zip(y, line.spread)], [a + s for a, s in zip(y, line.spread)]
                 axes.fill_between(x, low, high, color=line.style.hex, alpha=0.15, linewidth=0)
         _floors(axes, floors)
-        axes.set_xscale("log", base=2)
         ticks = sorted({x for line in lines for x, _ in line.points})
+        even = every_tick and len(ticks) > 2 and len({b - a for a, b in itertools.pairwise(ticks)}) == 1
+        axes.set_xscale("linear") if even else axes.set_xscale("log", base=2)
         if not every_tick:
             powers = range(math.floor(math.log2(ticks[0])), math.ceil(math.log2(ticks[-1])) + 1)
             ticks = [2.0**power for power in powers][:: max(1, len(powers) // 5)]
-        axes.set_xticks(ticks, [short(x, 1024) for x in ticks])
+        axes.set_xticks(ticks, roomy([x if even else math.log2(x) for x in ticks], [short(x, 1024) for x in ticks]))
         axes.xaxis.set_minor_locator(NullLocator())
-        if log_y:
-            axes.set_yscale("log")
-            axes.yaxis.set_major_locator(LogLocator(10))
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
-            axes.yaxis.set_minor_locator(NullLocator())
-        else:
-            axes.yaxis.set_major_locator(MaxNLocator(5))
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g} %" if unit == "%" else f"{y:g}"))
+        _label_y(axes, unit, log_y)
         if unit == "%":  # a band may end beyond 100, the axis does not
             low, high = axes.get_ylim()
             axes.set_ylim(max(low, -2), min(high, 104))
         axes.set_xlabel(xlabel, labelpad=1)
 
     return _panel(draw)
+
+
+def spans_a_decade(lines: Sequence[Line]) -> bool:
+    """Whether values are all positive and the largest is ten times the smallest: what a logarithmic axis has numbers for."""
+    values = [y for line in lines for _, y in line.points]
+    return bool(values) and 0 < 10 * min(values) <= max(values)
+
+
+def _label_y(axes: Axes, unit: str, log: bool = False) -> None:
+    """Round numbers up the vertical axis, two of them at least on a logarithmic one that spans a decade."""
+    if log:
+        axes.set_yscale("log")
+        low, high = axes.get_ylim()
+        axes.yaxis.set_major_locator(LogLocator(10, subs=(1,) if high >= 1000 * low else (1, 2, 5)))
+        axes.yaxis.set_minor_locator(NullLocator())
+    else:
+        axes.yaxis.set_major_locator(MaxNLocator(5, steps=ROUND))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:zg} %" if unit == "%" else f"{y:zg}"))
+
+
+ROUND = (1, 2, 2.5, 5, 10)
+"""Steps between numbers on an axis, but for powers of ten."""
+
+
+def roomy(places: Sequence[Number], labels: Sequence[str]) -> list[str]:
+    """Labels of rising places on a panel's horizontal axis, "" for those that would run into one before them or the last."""
+    width = 72 * PANEL[0] * 0.85 / ((places[-1] - places[0]) or 1)
+    last, kept = len(labels) - 1, [0]
+
+    def apart(i: int, j: int) -> bool:
+        return width * (places[j] - places[i]) >= 2.5 * (len(labels[i]) + len(labels[j])) + 3
+
+    for i in range(1, last):
+        if apart(kept[-1], i) and apart(i, last):
+            kept.append(i)
+    return [label if i in {*kept, last} else "" for i, label in enumerate(labels)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,8 +187,7 @@ def bubbles(found: Sequence[Bubble], xlabel: str, *, unit: str) -> str:
         axes.xaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5)) if wide else MaxNLocator(3))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: short(x)))
         axes.xaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_locator(MaxNLocator(5))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g} %" if unit == "%" else f"{y:g}"))
+        _label_y(axes, unit)
         axes.set_xlabel(xlabel, labelpad=1)
         low, high = axes.get_ylim()
         heights = apart([(bubble.y - low) / (high - low) for bubble in found], LABEL / (height - FRAME))
@@ -227,8 +255,12 @@ def _as_svg(figure: Figure) -> str:
 
 
 def _rounded(svg: str) -> str:
-    """Coordinates of paths to a hundredth of a point, which halves the file."""
-    return re.sub(r"-?\d+\.\d{3,}", lambda m: f"{float(m[0]):.2f}".rstrip("0").rstrip("."), svg)
+    """Coordinates to a hundredth of a point, which halves the file; what the text says stays as it is."""
+
+    def rounded(tag: re.Match[str]) -> str:
+        return re.sub(r"-?\d+\.\d{3,}", lambda m: f"{float(m[0]):.2f}".rstrip("0").rstrip("."), tag[0])
+
+    return re.sub(r"<[^>]*>", rounded, svg)
 
 
 def _with_own_ids(svg: str) -> str:

@@ -57,11 +57,15 @@ class Candidate:
 
     @property
     def lost(self) -> list[str]:
-        """Why seeds of the figure are missing, each reason once."""
-        unfinished = [run for _, run in self.members if run.state != State.FINISHED]
-        reasons = {f"{run.state} ({run.why})" if run.why else str(run.state) for run in unfinished}
+        """Why seeds of the figure are missing: each reason once, with the folders of its runs below the table's."""
+        reasons: dict[str, list[str]] = {}
+        for _, run in self.members:
+            if run.state != State.FINISHED:
+                reason = f"{run.state} ({run.why})" if run.why else str(run.state)
+                reasons.setdefault(reason, []).append(f"{run.folder.parent.name}/{run.folder.name}")
         counts = {"diverged": self.diverged, "not scored": self.unscored}
-        return sorted(reasons) + [f"{n} {what}" for what, n in counts.items() if n]
+        named = [f"{reason}: {', '.join(names)}" for reason, names in sorted(reasons.items())]
+        return named + [f"{n} {what}" for what, n in counts.items() if n]
 
     def rank(self, metric: Metric) -> tuple[int, float]:
         """Larger is better: first that no seed is missing, then the mean validation metric."""
@@ -139,10 +143,16 @@ class Figure:
         if self.chosen and len(self.scores) < self.expected:
             notes.append(f"{len(self.scores)} of {self.expected} seeds: {'; '.join(self.chosen.lost)}")
         if self.chosen and len(self.candidates) > 1:
-            unfinished = sum(len(c.scores) < c.expected for c in self.candidates)
-            missing = f", {unfinished} of them not finished" if unfinished else ""
-            notes.append(f"{self.chosen.choice}: best on validation of {len(self.candidates)}{missing}")
+            lost = [reason for candidate in self.candidates if candidate is not self.chosen for reason in candidate.lost]
+            without = f", without {'; '.join(lost)}" if lost else ""
+            notes.append(f"{self.chosen.choice}: best on validation of {len(self.candidates)}{without}")
+        if not self.chosen and not self.candidates_are(State.NOT_RUN):
+            notes.append("; ".join(reason for candidate in self.candidates for reason in candidate.lost))
         return notes
+
+    def candidates_are(self, state: State) -> bool:
+        """Whether every seed of every candidate is at `state`."""
+        return all(candidate.states.keys() <= {state} for candidate in self.candidates)
 
 
 FORMED = "formed here from the published figures beside it"
@@ -168,10 +178,10 @@ class Section:
     def is_best(self, figure: Figure) -> bool:
         """Whether ours is the best of its column, or no further from it than the larger of the two standard deviations.
 
-        False where a deviation is not known, as for one seed, and where nothing is there to be compared with.
+        False where a deviation is not known, as for one seed, where nothing is there to be compared with, and of changes.
         """
         rivals = [row[figure.column] for row in self.figures.values() if row[figure.column].mean is not None]
-        if len(rivals) < 2 or figure.mean is None:
+        if self.metric.change or len(rivals) < 2 or figure.mean is None:
             return False
         best = (max if self.metric.better == "max" else min)(rivals, key=lambda rival: rival.mean)
         return None not in (figure.sd, best.sd) and abs(figure.mean - best.mean) <= max(figure.sd, best.sd)

@@ -18,11 +18,18 @@ FORMED_MARK = "†"
 def number(value: float, metric: Metric) -> str:
     """One decimal of a percentage; else three digits, of at most four decimals."""
     digits = 1 if metric.unit == "%" else 2 - math.floor(math.log10(abs(value) or 1e-9))
-    return f"{value:.{min(max(digits, 0), 4)}f}"
+    return f"{value:z.{min(max(digits, 0), 4)}f}"
 
 
 def signed(value: float, metric: Metric) -> str:
-    return ("+" if value >= 0 else "−") + number(abs(value), metric)
+    shown = number(value, metric)
+    return "−" + shown[1:] if shown.startswith("-") else "+" + shown
+
+
+def quantity(metric: Metric) -> str:
+    """What is measured, and its unit where the name does not say it; a sentence without its full stop."""
+    name = metric.key.replace("_", " ").capitalize()
+    return name if metric.unit in name else f"{name} in {metric.unit}"
 
 
 def printed(published: Published) -> str:
@@ -124,8 +131,9 @@ def caption(section: Section) -> str:
 
 def legend(section: Section) -> str:
     """How to read a cell of the page's table."""
-    better = {"max": "larger", "min": "smaller"}[section.metric.better]
-    parts = [f"{section.metric.key.replace('_', ' ').capitalize()} in {section.metric.unit}; {better} is better."]
+    metric = section.metric
+    better = "" if metric.change else {"max": "; larger is better", "min": "; smaller is better"}[metric.better]
+    parts = [f"{quantity(metric)}{better}."]
     if any(figure.published for figure in section):
         parts.append("Below: the published figure, and ours minus it.")
     if any(figure.beside for figure in section):

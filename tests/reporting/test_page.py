@@ -5,6 +5,7 @@ import csv
 import html
 import html.parser
 import io
+import itertools
 import json
 import re
 import shutil
@@ -131,6 +132,38 @@ def test_long_curves_are_thinned_to_their_ends():
     )
 
 
+def labels(svg: str) -> list[float]:
+    """The numbers of a figure's text, in their order: those of the horizontal axis, then those of the vertical one."""
+    return [float(said) for said in re.findall(r"<text[^>]*>(-?[\d.]+(?:e[+-]?\d+)?)</text>", svg.replace("\N{MINUS SIGN}", "-"))]
+
+
+@pytest.mark.parametrize(
+    ("values", "shown"),
+    [
+        ((2.7, 3.1, 4.3), [3, 3.5, 4]),
+        ((0.0, 0.03, 0.06), [0, 0.02, 0.04, 0.06]),
+        ((3, 20, 40), [5, 10, 20]),
+        ((1, 10, 5e5), [1, 10, 100, 1e3, 1e4, 1e5]),
+        ((-8e-6, -2e-5, -3.2e-5), [-3e-5, -2e-5, -1e-5]),
+    ],
+)
+def test_a_trend_has_round_numbers_up_its_axis(values, shown):
+    lines = [plots.Line(plots.style(0), list(zip((64, 128, 256), values)))]
+    svg = plots.trend(lines, {}, "length", unit="nats", log_y=plots.spans_a_decade(lines))
+    assert labels(svg) == [64, 128, 256, *shown] and len(shown) >= 2
+
+
+def test_evenly_spaced_sizes_stand_evenly_and_labels_that_would_collide_are_left_out():
+    sizes = [24 * i for i in range(1, 9)]
+    line = plots.Line(plots.style(0), [(n, n / 100) for n in sizes])
+    svg = plots.trend([line], {}, "first tokens changed", unit="nats")
+    places = [float(x) for x in re.findall(r'<text[^>]* x="([\d.]+)"[^>]*>\d+</text>', svg)[:8]]
+    gaps = [b - a for a, b in itertools.pairwise(places)]
+    assert labels(svg)[:8] == sizes and max(gaps) - min(gaps) < 0.1
+    assert plots.roomy([0, 9, 9.1, 18], ["512", "532", "602", "15512"]) == ["512", "532", "", "15512"]
+    assert plots.roomy([0, 9, 17.9, 18], ["512", "532", "602", "15512"]) == ["512", "532", "", "15512"]
+
+
 def test_ids_of_two_figures_on_a_page_differ():
     figures = [plots.curves([plots.Line(plots.style(0), [(0, 0), (1, y)])], {}, True) for y in (1, 2)]
     first, second = (set(re.findall(r'id="([^"]+)"', svg)) for svg in figures)
@@ -234,7 +267,7 @@ def test_a_run_that_fills_several_columns_has_one_learning_curve(tmp_path):
 
 @pytest.mark.parametrize(
     ("value", "unit", "shown"),
-    [(99.96, "%", "100.0"), (2.784, "bits", "2.78"), (406.01, "ppl", "406"), (0.02584, "x", "0.0258"), (5e-6, "x", "0.0000")],
+    [(99.96, "%", "100.0"), (2.784, "bits", "2.78"), (406.01, "ppl", "406"), (0.02584, "x", "0.0258"), (-5e-6, "x", "0.0000")],
 )
 def test_numbers_have_three_digits_and_no_exponent(value, unit, shown):
     assert text.number(value, Metric(unit=unit)) == shown

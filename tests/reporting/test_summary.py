@@ -15,7 +15,7 @@ from efficient_attn.arguments import ConfigError
 from efficient_attn.config import normal_form
 from efficient_attn.reporting import latex, markdown, orderings, page, records, summary, tables, text
 from efficient_attn.reporting.runs import State
-from efficient_attn.tables import ROOT, Cell
+from efficient_attn.tables import ROOT, Cell, Metric
 from tests.reporting.fake_runs import TABLE, write_run, write_table
 from tests.reporting.test_runs import DAMAGE, edit
 
@@ -53,7 +53,9 @@ def test_a_run_that_does_not_count_leaves_the_mean_and_is_named(table, tmp_path,
     assert figure.scores == pytest.approx((80.0, 70.0)) and figure.failed == (state == State.FAILED)
     assert text.seeds(figure).startswith("n = 2 of 3")
     (note,) = figure.notes
-    assert f"2 of 3 seeds: {state}" in note and why in note
+    name = "/".join(table.cells["cpu"][0].workdir(tmp_path).parts[-2:])
+    assert f"2 of 3 seeds: {state}" in note and why in note and note.endswith(name)
+    assert why in (said := markdown.render(summary.summarise(table, tmp_path / "runs", "cpu"))) and f": {name}\n" in said
 
 
 def test_a_failure_that_the_sweep_recorded_is_counted(table, tmp_path):
@@ -64,7 +66,7 @@ def test_a_failure_that_the_sweep_recorded_is_counted(table, tmp_path):
     workdir.write_json(root / "sweep.json", {"runs": runs})
     figure = first(table, tmp_path)
     assert figure.failed == 1 and text.seeds(figure) == "n = 2 of 3, 1 failed"
-    assert figure.notes == ["2 of 3 seeds: failed (train_loss is not finite at step 7)"]
+    assert figure.notes == [f"2 of 3 seeds: failed (train_loss is not finite at step 7): {folder.relative_to(root)}"]
 
 
 def test_commands_never_write_into_committed_results(table, tmp_path):
@@ -122,7 +124,17 @@ def test_validation_and_not_test_chooses_among_candidates(tmp_path):
 
 def test_a_grid_that_is_not_whole_is_said(tmp_path):
     figure = first(rates(tmp_path, (0.5, None, 0.6)), tmp_path)
-    assert figure.chosen.choice == "lr=0.1" and figure.notes == ["lr=0.1: best on validation of 3, 1 of them not finished"]
+    missing = "not run: short/softmax-L=64_d=32-lr=0.01-s0"
+    assert figure.chosen.choice == "lr=0.1" and figure.notes == [f"lr=0.1: best on validation of 3, without {missing}"]
+
+
+def test_runs_of_a_figure_that_has_none_finished_are_named_unless_none_was_started(tmp_path):
+    table = rates(tmp_path, (0.5, None, None))
+    (table.cells["cpu"][0].workdir(tmp_path / "runs") / "eval.json").write_text("{")
+    (note,) = first(table, tmp_path).notes
+    assert "eval.json is not JSON" in note and "short/softmax-L=64_d=32-lr=0.001-s0; not run: short/softmax" in note
+    shutil.rmtree(tmp_path / "runs")
+    assert first(table, tmp_path).notes == []
 
 
 def test_other_lengths_of_the_same_runs_are_columns(tmp_path):
@@ -196,6 +208,27 @@ def test_what_is_within_a_deviation_of_the_best_is_bold_too(table, tmp_path):
         shutil.rmtree(cell.workdir(tmp_path / "runs"))
     found = markdown.render(summary.summarise(table, tmp_path / "runs", "cpu"))
     assert "**80.0 ± 10.0**" in found and "**71.0" not in found  # of one seed no spread is known
+
+
+@pytest.mark.parametrize("better", ["max", "min"])
+def test_a_change_has_no_best_and_further_up_is_not_always_better(table, tmp_path, better):
+    for cell in table.cells["cpu"]:
+        if cell.row != "softmax" and cell.column == "L=64 d=32":
+            write_run(cell, tmp_path / "runs", 0.6 + 0.01 * cell.seed)
+    found = summary.summarise(table, tmp_path / "runs", "cpu")
+
+    def shown(**metric) -> tuple[str, str]:
+        own = Metric(better=better, **metric)
+        (section,) = found.sections
+        sections = (dataclasses.replace(section, metric=own),)
+        changed = dataclasses.replace(found, sections=sections)
+        return markdown.render(changed), page.render(changed, {}, {})
+
+    for said in shown():
+        assert "**80" in said or "**61" in said or 'class="best"' in said
+    assert f"Further {'up' if better == 'max' else 'down'} is better" in shown()[1]
+    for said in shown(change=True):
+        assert "**80" not in said and "**61" not in said and 'class="best"' not in said and "is better" not in said
 
 
 def test_the_best_of_a_column_is_bold_and_alone_it_is_not(table, tmp_path):
