@@ -5,7 +5,8 @@
 
 The benchmark's own protocol, the small one of Xiong et al. (2021) in the re-run of Skyformer, and that of the state-space models,
 which allows other sizes and schedules for each task. Figures of two protocols are never in one section, and an average over five
-tasks is never beside one over six. Cells that no recipe of this code makes are published and not run.
+tasks is never beside one over six. Published cells that no recipe of this code makes say "no recipe", and why;
+others say "not run" until they are.
 Published times: of the small protocol 2.2 (ListOps) to 8.3 hours (Retrieval) a run on a V100; of the others none.
 """
 
