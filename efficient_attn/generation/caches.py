@@ -99,7 +99,7 @@ class PagedCache(ContiguousCache):
     def tables(self, rows: Sequence[int] | None = None) -> np.ndarray:
         rows = range(self.rows) if rows is None else rows
         held = [len(self.blocks.tables[row].blocks) for row in rows if row in self.blocks.tables]
-        width = 1 << (max([*held, 1]) - 1).bit_length()
+        width = _width(max([*held, 1]))
         idle = [SCRATCH] * width
         return np.array([self.blocks.table(row, width) if row in self.blocks.tables else idle for row in rows], np.int32)
 
@@ -123,6 +123,12 @@ class PagedCache(ContiguousCache):
 
     def free(self, row: int) -> None:
         self.blocks.free(row)
+
+
+def _width(blocks: int) -> int:
+    """Of tables with room for so many: a power of two or three quarters of one, so that few programs are compiled."""
+    power = 1 << (blocks - 1).bit_length()
+    return power * 3 // 4 if power >= 4 and blocks <= power * 3 // 4 else power
 
 
 def new(decoder: Decoder, rows: int, length: int) -> ContiguousCache:

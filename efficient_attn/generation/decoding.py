@@ -93,7 +93,7 @@ class Decoder:
     paging: (blocks of a pool, tokens in a block) for keys and values of softmax attention in blocks; None for contiguous ones.
     gather_once: `decode` copies the rows' blocks side by side, and back when it ends, instead of reading them by the tables at
         each token: faster where that reading is a copy anyway, in as much more memory, while it runs, as the tables span.
-    Steps are compiled once for each size of chunk, number of rows that take part, and width of tables: all powers of two.
+    Steps are compiled once for each size of chunk and number of rows that take part, powers of two, and each width of tables.
     """
 
     def __init__(

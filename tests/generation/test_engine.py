@@ -141,6 +141,12 @@ def test_steps_compile_once_whatever_the_length():
     assert decoder.compiled() == {"decode": 1, "prefill": 2}  # chunks of 4 and 8
 
 
+def test_tables_are_of_few_widths():
+    widths = [caches._width(blocks) for blocks in range(1, 34)]
+    assert sorted(set(widths)) == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48]
+    assert all(blocks <= width <= 1.5 * blocks for blocks, width in enumerate(widths, 1))
+
+
 def test_equal_beginnings_are_stored_once():
     decoder = Decoder(*language_model("softmax"), (20, 4))
     engine = Engine(decoder, rows=2, length=LENGTH, steps=2)
