@@ -19,7 +19,7 @@ SHAPES = ((1, 1, 1), (2, 3, 3), (1, 5, 9), (1, 9, 5), (1, 70, 70))
 """Batch, queries, keys."""
 HEADS = ((1, 1), (4, 4), (4, 2))
 SIZE = 4
-INTEGERS = (-3, -1, 0, 1, 2, 5, 64, 10**12, 1.5, "2", None, True)
+INTEGERS = (-3, -1, 0, 1, 2, 5, 64, 2**30, 10**12, 1.5, "2", None, True)
 
 
 def simple_mask(rng: random.Random, queries: int, keys: int) -> str:
@@ -61,8 +61,9 @@ BAD = {
     "mask": (
         "None", "'causal'", "True", "np.ones((3, 3), bool)", "jnp.ones((2, 1, 3, 3), bool)", "Causal", "lambda q, k: k <= q",
         "Band(-2, 0)", "Band(2, -3)", "Band(1, 1, 0)", "Window(0)", "Window(2.5)", "Strided(0)", "Fixed(2, 3)", "BlockLocal(-1)",
-        "Global(())", "Global((-1,))", "Global((10**6,))", "GlobalKeys('a')", "random_blocks(0, 64, 16, 1)", "butterfly(4, 99)",
-        "PerHead(())", "PerHead([Causal()] * 3)", "PerHead(Causal())", "Causal() & 'x'", "permuted(2, (0, 0))",
+        "Global(())", "Global((-1,))", "Global((10**12,))", "GlobalKeys('a')", "random_blocks(0, 64, 16, 1)", "butterfly(4, 0)",
+        "PerHead(())", "PerHead([Causal()] * 3)", "PerHead(Causal())", "Causal() & 'x'", "permuted(2, (0, 0))", "Band(0, 10**12)",
+        "Window(2**20, 2**20)", "Local1D(2, 10**12)", "Local2D(2**20, 2**20, 1, 1, 0, 0)",
     ),
     "bias": ("Dense(jnp.zeros((9, 9, 9, 9)))", "Dense(3)", "Dense(None)", "Dense('x')", "Dense([[1.0]])", "jnp.zeros((3, 3))"),
     "dropout": (

@@ -70,6 +70,10 @@ OF_ANOTHER_TYPE = {
     "masks.Window(2.5)": "Window: size=2.5; a whole number",
     "masks.Strided('a')": "Strided: stride='a'; a whole number",
     "masks.BlockLocal(4, before=True)": "BlockLocal: before=True; a whole number",
+    "masks.Band(0, 10**12)": "Band: after=1000000000000; at most 1073741824 is expected",
+    "masks.Window(2**20, 2**20)": "use size dilation <= 1073741824",
+    "masks.Local2D(2**20, 2**20, 1, 1, 0, 0)": "use height width <= 1073741824",
+    "masks.Global((0, 10**12))": "Global: position 1000000000000; at most 1073741824",
     "masks.Causal() & 3": "And: 3 is int; masks combine with masks alone",
 }
 

@@ -284,3 +284,19 @@ def test_masks_that_do_not_fit_the_call(mask, message):
     x = jnp.zeros((1, 8, 4, 2))
     with pytest.raises(ValueError, match=f"attend: mask: .*{re.escape(message)}"):
         attend(x, x, x, mask=mask)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        Band(2**30, 2**30),
+        Window(2**30),
+        BlockLocal(2**30, 2**30),
+        Local1D(2**30, 2**30),
+        Local2D(2, 2, 2**30, 2**30, 2**30, 2**30),
+    ],
+    ids=repr,
+)
+def test_the_largest_fields_do_not_overflow(mask):
+    positions = np.arange(4, dtype=np.int32)
+    assert np.asarray(mask.allowed(jnp.asarray(positions)[:, None], jnp.asarray(positions)[None])).all()

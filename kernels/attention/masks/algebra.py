@@ -10,6 +10,8 @@ from jaxtyping import Array, Bool, Int
 from numpy import ndarray
 
 SKIP, PARTIAL, FULL = 0, 1, 2
+LARGEST = 2**30
+"""Of a mask's fields and positions: the sum of two is int32."""
 
 Bounds = ndarray | np.integer | int
 Positions = Int[Array, "..."] | Int[ndarray, "..."]
@@ -199,11 +201,15 @@ def truth(*, all_: Bounds | np.bool_ | bool, some: Bounds | np.bool_ | bool) -> 
 
 
 def whole_numbers(mask: Mask) -> None:
-    """A `ValueError` where a field that should be an int is something else."""
+    """A `ValueError` where a field that should be an int is something else, or larger than positions can be."""
     for field in dataclasses.fields(mask):
         value = getattr(mask, field.name)
         if field.type is int and (isinstance(value, bool) or not isinstance(value, int | np.integer)):
             raise ValueError(f"{type(mask).__name__}: {field.name}={value!r}; a whole number is expected")
+        if field.type is int and abs(value) > LARGEST:
+            raise ValueError(
+                f"{type(mask).__name__}: {field.name}={value!r}; at most {LARGEST} is expected, as positions are int32"
+            )
 
 
 def hashed_once(cls: type) -> type:

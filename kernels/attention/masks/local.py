@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from kernels.attention.masks.algebra import Mask, truth, whole_numbers
+from kernels.attention.masks.algebra import LARGEST, Mask, truth, whole_numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +72,8 @@ class Window(Mask):
         whole_numbers(self)
         if self.size < 1 or self.dilation < 1:
             raise ValueError(f"{self}: a window holds at least the query's own position; use size >= 1 and dilation >= 1")
+        if self.size * self.dilation > LARGEST:
+            raise ValueError(f"{self}: use size dilation <= {LARGEST}, as positions are int32")
 
     @property
     def band(self) -> Band:
@@ -165,6 +167,8 @@ class Local2D(Mask):
         whole_numbers(self)
         if min(self.height, self.width, self.query_height, self.query_width) < 1:
             raise ValueError(f"{self}: heights and widths of the image and of the query rectangles must be >= 1")
+        if self.height * self.width > LARGEST:
+            raise ValueError(f"{self}: use height width <= {LARGEST}, as positions are int32")
         if min(self.memory_height, self.memory_width) < 0:
             raise ValueError(f"{self}: memory_height and memory_width must be >= 0, in rows and columns")
 
@@ -218,5 +222,5 @@ def _sees(q_lo, q_hi, kv_lo, kv_hi, size: int, before: int, after: int):
     A query sees its block of `size` positions and those up to `before` before and `after` after the block.
     """
     first, last = q_lo // size * size, q_hi // size * size  # where the blocks of the queries begin
-    all_ = (kv_lo >= last - before) & (kv_hi < first + size + after)
-    return all_, (kv_hi >= first - before) & (kv_lo < last + size + after)
+    all_ = (kv_lo >= last - before) & (kv_hi - after < first + size)
+    return all_, (kv_hi >= first - before) & (kv_lo - after < last + size)

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 from numpy import ndarray
 
-from kernels.attention.masks.algebra import SKIP, Mask, hashed_once, truth, whole_numbers
+from kernels.attention.masks.algebra import LARGEST, SKIP, Mask, hashed_once, truth, whole_numbers
 
 MAX_RUNS = 8
 """Sets of positions of at most so many runs are told by comparisons; others are looked up in a table."""
@@ -89,6 +89,10 @@ class _Positions(Mask):
         positions = tuple(sorted({int(position) for position in given}))
         if not positions or positions[0] < 0:
             raise ValueError(f"{type(self).__name__}: positions {positions[:4]}: give at least one, none of them negative")
+        if positions[-1] > LARGEST:
+            raise ValueError(
+                f"{type(self).__name__}: position {positions[-1]}; at most {LARGEST} is expected, as positions are int32"
+            )
         object.__setattr__(self, "positions", positions)
 
     @property
