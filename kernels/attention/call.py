@@ -62,10 +62,10 @@ class Call:
 class Spec:
     """The static facts of a call.
 
-    `bias` is the name of its class, `bias_gathers` whether its rule indexes arrays, and `bias_whole_axes` the lengths of its
-    arrays' axes that a tile takes whole; `bias_by_distance` as
-    `Bias.by_distance`; `bias_pairs`, whether one of them has an axis of queries and one of keys;
-    `traced_positions`, that positions were given; `sequence_shards`, over how many devices the mesh spreads a sequence.
+    `bias` is the name of its class, `bias_gathers` whether its rule indexes arrays, `bias_by_distance` as `Bias.by_distance`,
+    and `bias_whole_axes` the lengths of its arrays' axes that a tile takes whole; `bias_pairs`, whether one of them has an axis
+    of queries and one of keys; `traced_positions`, that positions were given; `sequence_shards`, over how many devices the mesh
+    spreads a sequence.
     """
 
     batch: int
