@@ -181,9 +181,8 @@ class Tiling:
 
     @property
     def padded(self) -> dict[str, int]:
-        """Lengths to compute with: queries in whole tiles, keys in whole blocks where a visit cannot end with the last key."""
-        ends_anywhere = not self.gathered and self.width * self.kv_block <= self.S
-        return {"L": self.rows * self.q_tile, "S": self.S if ends_anywhere else self.blocks * self.kv_block}
+        """Lengths to compute with: queries in whole tiles, and keys in whole blocks where these are gathered."""
+        return {"L": self.rows * self.q_tile, "S": self.blocks * self.kv_block if self.gathered else self.S}
 
 
 def lists(tiling: Tiling, mask: Mask, *, known: bool, tested: bool, spans: Spans | None = None) -> tuple[TileList, TileList]:
