@@ -74,24 +74,35 @@ def screen(out: str) -> None:
         print(row, flush=True)
 
 
-def time_survivors(screened: str, out: str, repeats: int) -> list[dict]:
+def time_survivors(screened: str, out: str, repeats: int, jobs: int = 1) -> list[dict]:
     """A row for each survivor, with its median milliseconds on this GPU."""
     rows = cards.resumed(out)
     done = {_key(row) for row in rows}
-    for row in cards.resumed(screened):
-        if not row["survives"] or _key(row) in done:
-            continue
-        times = cards.milliseconds(_launch(row), repeats)
-        rows.append({name: row[name] for name in _KEY} | {"median_ms": cards.median(times), "all_ms": times})
+    survivors = [row for row in cards.resumed(screened) if row["survives"] and _key(row) not in done]
+    for row in cards.spread(functools.partial(_timed, repeats), survivors, jobs):
+        rows.append(row)
         harness.write(out, rows, screened=screened, assembler=cards.assembler(), clocks=cards.clocks())
         print(rows[-1], flush=True)
     return rows
 
 
+def _timed(repeats: int, row: dict) -> dict:
+    named = {name: row[name] for name in _KEY}
+    try:
+        launch = _launch(row)
+        jax.block_until_ready(launch())
+        with cards.alone():
+            times = cards.milliseconds(launch, repeats)
+    except jax.errors.JaxRuntimeError as error:  # a candidate that the card refuses is none, and the others are still timed
+        return named | {"error": str(error).splitlines()[0]}
+    return named | {"median_ms": cards.median(times), "all_ms": times}
+
+
 def best(rows: list[dict]) -> dict[str, dict[str, dict]]:
     """The fastest blocks of each pass and head size, as `kernels/blocks` has them."""
     found = {name: {str(size): blocks._asdict() for size, blocks in sizes.items()} for name, sizes in table().items()}
-    for (name, size), group in itertools.groupby(sorted(rows, key=_pass), key=_pass):
+    timed = [row for row in rows if "median_ms" in row]
+    for (name, size), group in itertools.groupby(sorted(timed, key=_pass), key=_pass):
         fastest = min(group, key=lambda row: row["median_ms"])
         found[name][str(size)] = {field: fastest[field] for field in Blocks._fields}
     return found
@@ -134,6 +145,7 @@ def main() -> None:
     parser.add_argument("--screen", action="store_true", help="compile the candidates for an H200 that need not be here")
     parser.add_argument("--screened", default=SCREENED, help="what --screen writes, and the timing reads")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--jobs", type=int, default=1, help="processes, which compile at the same time and time one by one")
     parser.add_argument("--out", help="times; by default results/<device>/attention_tuning.json")
     parser.add_argument("--commit", action="store_true", help="write kernels/blocks/<device>.json")
     args = parser.parse_args()
@@ -144,7 +156,7 @@ def main() -> None:
     if not pathlib.Path(args.screened).exists():
         sys.exit(f"nothing timed: {args.screened} is not there; python -m benchmarks.attention_tuning --screen writes it")
     out = args.out or f"results/{devices.slug(devices.here())}/attention_tuning.json"
-    rows = time_survivors(args.screened, out, args.repeats)
+    rows = time_survivors(args.screened, out, args.repeats, args.jobs)
     if args.commit:
         path = devices.blocks_file(devices.here())
         harness.write(path, [], note="The fastest of the candidates that compile without spills.", mosaic=best(rows))

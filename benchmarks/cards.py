@@ -1,13 +1,17 @@
 """What benchmarks on a GPU need beside `harness`: which assembler compiles, times of the device, figures that survive a stop."""
 
+import contextlib
+import fcntl
 import json
+import multiprocessing
 import pathlib
 import re
 import shutil
 import statistics
 import subprocess
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -35,6 +39,27 @@ def resumed(out: str | None) -> list[dict[str, Any]]:
     """The rows of an earlier run of the same command that was stopped; none where there is no file."""
     path = pathlib.Path(out) if out else None
     return json.loads(path.read_text())["rows"] if path and path.exists() else []
+
+
+def spread(function: Callable[[Any], Any], items: Iterable[Any], jobs: int) -> Iterator[Any]:
+    """`function` of each item, in the order in which they are done, by so many processes, since compiling takes most of the time.
+
+    A process is replaced after ten items, lest an error that it cannot recover from, as of a kernel that reads where it must not,
+    fails all that it would have been given.
+    """
+    if jobs == 1:
+        yield from map(function, items)
+        return
+    with multiprocessing.get_context("spawn").Pool(jobs, maxtasksperchild=10) as pool:
+        yield from pool.imap_unordered(function, items)
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """While one process of those that `spread` made times something, the others time nothing."""
+    with open(pathlib.Path(tempfile.gettempdir()) / "efficient-attn-timing.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def milliseconds(run: Callable[[], Any], repeats: int, at_least_ms: float = 20.0) -> list[float]:

@@ -52,7 +52,7 @@ def cases(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         yield {"head_size": size, "mask": mask, "length": length, "batch": max(1, args.tokens // length)}
 
 
-def measure(case: dict[str, Any], args: argparse.Namespace) -> list[dict[str, Any]]:
+def measure(args: argparse.Namespace, case: dict[str, Any]) -> list[dict[str, Any]]:
     """The rows of one case: one for each pass."""
     heads, mask, length = args.width // case["head_size"], case["mask"], case["length"]
     shape = (case["batch"], length, heads, case["head_size"])
@@ -64,10 +64,13 @@ def measure(case: dict[str, Any], args: argparse.Namespace) -> list[dict[str, An
         reasons[name] = _why_not(name, (q, k, v), options)
     for name, (peer, _) in gpu_peers.PEERS.items():
         starts[name], reasons[name] = functools.partial(peer, mask=mask), gpu_peers.missing(name, mask)
+    reasons |= {name: "not asked for" for name in reasons if name not in (args.contestants or reasons)}
     runs = _started(starts, reasons, (q, k, v, do))
     density = _density(MASKS[VARIANTS.get(mask, mask)](length), length) / (8 if mask == "documents" else 1)
     operations = 4 * case["batch"] * heads * length**2 * case["head_size"] * density
-    return [_row(case, which, runs, reasons, operations * factor, args) for which, factor in (("forward", 1), ("backward", 2.5))]
+    with cards.alone():
+        passes = ("forward", operations), ("backward", 2.5 * operations)
+        return [_row(case, which, runs, reasons, count, args) for which, count in passes]
 
 
 def _started(starts: dict[str, Any], reasons: dict[str, str | None], arrays) -> dict[str, gpu_peers.Passes]:
@@ -136,6 +139,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--width", type=int, default=2048)
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--contestants", nargs="+", help="these alone", choices=[*OURS, *BASELINES, *gpu_peers.PEERS])
+    parser.add_argument("--jobs", type=int, default=1, help="processes, which compile at the same time and time one by one")
     parser.add_argument("--quick", action="store_true", help="256 tokens of width 128")
     parser.add_argument("--out", help="by default results/<device>/attention.json")
     args = parser.parse_args()
@@ -146,12 +151,11 @@ def main() -> None:
     facts["matmul_tflops"] = matmul_tflops(512 if jax.default_backend() == "cpu" else 8192)
     rows = cards.resumed(out)
     done = [{name: row[name] for name in ("head_size", "mask", "length", "batch")} for row in rows]
-    for case in cases(args):
-        if case in done:
-            continue
-        rows += measure(case, args)
+    open_cases = [case for case in cases(args) if case not in done]
+    for measured in cards.spread(functools.partial(measure, args), open_cases, args.jobs):
+        rows += measured
         harness.write(out, rows, tokens=args.tokens, width=args.width, implementations=sorted(IMPLEMENTATIONS), **facts)
-        for row in rows[-2:]:
+        for row in measured:
             print(_line(row), flush=True)
 
 

@@ -4,6 +4,7 @@ A contestant is made from (q, k, v, do, mask) and gives two functions without ar
 backward pass of an earlier forward. PyTorch runs in this process, on arrays of its own, and returns when its GPU is done.
 """
 
+import functools
 import importlib.util
 from collections.abc import Callable
 from typing import Any
@@ -29,14 +30,18 @@ def jax_passes(run: Callable, q, k, v, do) -> Passes:
     return {"forward": lambda: forward(q, k, v), "backward": lambda: backward(pullback, do)}
 
 
-def torch_sdpa(q, k, v, do, mask: str) -> Passes:
-    """PyTorch's scaled_dot_product_attention, which picks FlashAttention or cuDNN."""
+def torch_sdpa(q, k, v, do, mask: str, backend: str) -> Passes:
+    """PyTorch's scaled_dot_product_attention in one of its forms, a field of `torch.nn.attention.SDPBackend`."""
     import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
 
     causal = {"full": False, "causal": True}[mask]
-    return _torch_passes(
-        lambda q, k, v: torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True), q, k, v, do
-    )
+
+    def run(q, k, v):
+        with sdpa_kernel(getattr(SDPBackend, backend)):
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
+
+    return _torch_passes(run, q, k, v, do)
 
 
 def torch_flex(q, k, v, do, mask: str) -> Passes:
@@ -86,10 +91,15 @@ class _Done:
         torch.cuda.synchronize()
 
 
-PEERS = {"tokamax": (tokamax, "tokamax"), "torch SDPA": (torch_sdpa, "torch"), "torch Flex": (torch_flex, "torch")}
+PEERS = {
+    "tokamax": (tokamax, "tokamax"),
+    "torch flash": (functools.partial(torch_sdpa, backend="FLASH_ATTENTION"), "torch"),
+    "torch cuDNN": (functools.partial(torch_sdpa, backend="CUDNN_ATTENTION"), "torch"),
+    "torch Flex": (torch_flex, "torch"),
+}
 """name: (contestant, the package it needs)."""
 
-MASKS = {"tokamax": ("full", "causal"), "torch SDPA": ("full", "causal"), "torch Flex": ("full", "causal", "window 1K")}
+MASKS = dict.fromkeys(PEERS, ("full", "causal")) | {"torch Flex": ("full", "causal", "window 1K")}
 
 
 def missing(name: str, mask: str) -> str | None:
