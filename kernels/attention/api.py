@@ -1,8 +1,6 @@
 """`attend`: the one entry to every implementation of exact softmax attention."""
 
 import functools
-import math
-import numbers
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +9,7 @@ from jaxtyping import Array, Float, Int
 from kernels import devices, mesh
 from kernels.attention import chunked, library, masks, mosaic, portable, reference, ring, sharded
 from kernels.attention.biases import Bias
-from kernels.attention.call import Call, spec_of
+from kernels.attention.call import Call, check_scores, spec_of
 from kernels.attention.dropout import Dropout
 from kernels.dispatch import Choice, Implementation, anything, choose, shown
 
@@ -202,18 +200,11 @@ def _check_options(mask, bias, softcap, scale, dropout) -> None:
         )
     if bias is not None and not isinstance(bias, Bias):
         raise ValueError(f"attend: bias is {type(bias).__name__}; give a value of kernels.attention.biases, e.g. Dense(table)")
-    if softcap is not None and not (_is_number(softcap) and 0 < softcap < math.inf):
-        raise ValueError(f"attend: softcap={shown(softcap)}; give a positive number, or None for none")
-    if scale is not None and not (_is_number(scale) and math.isfinite(scale)):
-        raise ValueError(f"attend: scale={shown(scale)}; give a number known before tracing, or None for 1 / sqrt(D)")
+    check_scores("attend", softcap, scale)
     if dropout is not None and not isinstance(dropout, Dropout):
         raise ValueError(f"attend: dropout is {type(dropout).__name__}; give kernels.attention.Dropout(rate, key)")
     if dropout is not None and (problem := dropout.problem()) is not None:
         raise ValueError(f"attend: dropout: {problem}")
-
-
-def _is_number(value) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def _check_bias(bias: Bias, sizes: dict[str, int]) -> None:

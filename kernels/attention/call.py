@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import math
+import numbers
 from typing import Any
 
 import jax
@@ -11,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from kernels import mesh
 from kernels.attention.biases import Bias
 from kernels.attention.masks import Mask
+from kernels.dispatch import shown
 
 ARRAYS = ["q", "k", "v", "bias", "q_segments", "kv_segments", "q_positions", "kv_positions", "dropout", "spans"]
 """The fields of a `Call` that hold arrays, in order."""
@@ -132,6 +135,18 @@ def _whole_axes(bias: Bias) -> tuple[int, ...]:
 def statistics_dtype(dtype) -> jnp.dtype:
     """The type of scores, softmax statistics and accumulators: float32, or float64 for float64 inputs."""
     return jnp.promote_types(dtype, jnp.float32)
+
+
+def check_scores(name: str, softcap: float | None, scale: float | None) -> None:
+    """Raise `ValueError`, by the name of the entry point, where what the scores are made with is no number it can be."""
+    if softcap is not None and not (_is_number(softcap) and 0 < softcap < math.inf):
+        raise ValueError(f"{name}: softcap={shown(softcap)}; give a positive number, or None for none")
+    if scale is not None and not (_is_number(scale) and math.isfinite(scale)):
+        raise ValueError(f"{name}: scale={shown(scale)}; give a number known before tracing, or None for 1 / sqrt(D)")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def default_positions(L: int, S: int) -> tuple[Int[Array, "1 L"], Int[Array, "1 S"]]:

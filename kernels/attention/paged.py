@@ -6,7 +6,6 @@ sum over keys runs over blocks. The pool is [G, P, n, D], so that what a program
 
 import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +14,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Bool, Float, Int
 
 from kernels import compat
-from kernels.attention.call import statistics_dtype
+from kernels.attention.call import check_scores, statistics_dtype
 from kernels.attention.merge import merge
 from kernels.attention.portable.tile import dot
 from kernels.attention.portable.tiling import power_of_two
@@ -68,7 +67,8 @@ def attend(
     Raises:
       ValueError: an argument does not fit the others, or the named implementation cannot run this call.
     """
-    _check(q, k_blocks, v_blocks, tables, lengths, softcap)
+    _check(q, k_blocks, v_blocks, tables, lengths)
+    check_scores("paged.attend", softcap, scale)
     choice = explain(q, k_blocks, v_blocks, tables, implementation=implementation)
     scale = float(q.shape[2] ** -0.5 if scale is None else scale)
     run = IMPLEMENTATIONS[choice.name].run
@@ -234,7 +234,7 @@ IMPLEMENTATIONS = {
 PREFERENCE = ("reference",)
 
 
-def _check(q, k_blocks, v_blocks, tables, lengths, softcap) -> None:
+def _check(q, k_blocks, v_blocks, tables, lengths) -> None:
     (B, H, D), (G, P, n, _) = q.shape, k_blocks.shape
     shapes = f"q {q.shape}, k_blocks {k_blocks.shape}, v_blocks {v_blocks.shape}"
     if k_blocks.shape[3] != D or v_blocks.shape[:3] != (G, P, n) or not G or H % G:
@@ -248,5 +248,3 @@ def _check(q, k_blocks, v_blocks, tables, lengths, softcap) -> None:
     for name, array, shape in (("tables", tables, (B, tables.shape[1])), ("lengths", lengths, (B,))):
         if array.shape != shape or 0 in shape or not jnp.issubdtype(array.dtype, jnp.integer):
             raise ValueError(f"paged.attend: {name} is {array.dtype} {array.shape}; integers are expected, a row a sequence")
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"paged.attend: softcap={softcap}; give a positive number, or None for none")

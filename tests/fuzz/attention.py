@@ -25,6 +25,7 @@ INTEGERS = (-3, -1, 0, 1, 2, 5, 64, 2**30, 10**12, 1.5, "2", None, True)
 def simple_mask(rng: random.Random, queries: int, keys: int) -> str:
     """The expression of a mask that fits so many queries and keys."""
     n = rng.choice((1, 2, 3, 7, 64))
+    rows = -(-max(queries, keys) // n)
     last = rng.randrange(max(queries, keys))
     return rng.choice(
         (
@@ -32,7 +33,7 @@ def simple_mask(rng: random.Random, queries: int, keys: int) -> str:
             f"Fixed({n}, {rng.choice((1, n))})", f"BlockLocal({n})", f"BlockLocal({n}, 1, {rng.choice((0, 1))})",
             f"Global((0, {last}))", f"GlobalKeys([{last}])", f"Band({n}, 0)", f"Band({n}, {rng.choice((-n, -1, 2))})",
             f"random_blocks({n}, {-(-min(queries, keys) // n)}, 2, {n})", f"butterfly({n}, {-(-min(queries, keys) // n)})",
-            "Predicate(odd_sum)",
+            "Predicate(odd_sum)", f"Blocks({n}, ([[0], []] * {rows})[:{rows}])",
         )
     )  # fmt: skip
 
@@ -63,7 +64,8 @@ BAD = {
         "Band(-2, 0)", "Band(2, -3)", "Band(1, 1, 0)", "Window(0)", "Window(2.5)", "Strided(0)", "Fixed(2, 3)", "BlockLocal(-1)",
         "Global(())", "Global((-1,))", "Global((10**12,))", "GlobalKeys('a')", "random_blocks(0, 64, 16, 1)", "butterfly(4, 0)",
         "PerHead(())", "PerHead([Causal()] * 3)", "PerHead(Causal())", "Causal() & 'x'", "permuted(2, (0, 0))", "Band(0, 10**12)",
-        "Window(2**20, 2**20)", "Local1D(2, 10**12)", "Local2D(2**20, 2**20, 1, 1, 0, 0)",
+        "Window(2**20, 2**20)", "Local1D(2, 10**12)", "Local2D(2**20, 2**20, 1, 1, 0, 0)", "Blocks(2, 3)", "Blocks(2, [['a']])",
+        "Blocks(1, [[10**12]])",
     ),
     "bias": ("Dense(jnp.zeros((9, 9, 9, 9)))", "Dense(3)", "Dense(None)", "Dense('x')", "Dense([[1.0]])", "jnp.zeros((3, 3))"),
     "dropout": (

@@ -59,6 +59,7 @@ OF_ANOTHER_TYPE = {
     "attend(x, x, x, softcap='a')": "softcap='a'; give a positive number",
     "attend(x, x, x, scale=True)": "scale=True; give a number",
     "attend(x, x, x, softcap=True)": "softcap=True; give a positive number",
+    "paged.attend(x[0], x, x, ids.T, ids[0], softcap=True)": "paged.attend: softcap=True; give a positive number",
     "Dropout('x', key)": "Dropout(rate='x'): the rate is a probability",
     "Dropout(None, key)": "Dropout(rate=None): the rate is a probability",
     "attend(x, x, x, dropout=Dropout(0.5, None))": "dropout: its key is None; give one JAX PRNG key",
@@ -74,6 +75,8 @@ OF_ANOTHER_TYPE = {
     "masks.Window(2**20, 2**20)": "use size dilation <= 1073741824",
     "masks.Local2D(2**20, 2**20, 1, 1, 0, 0)": "use height width <= 1073741824",
     "masks.Global((0, 10**12))": "Global: position 1000000000000; at most 1073741824",
+    "masks.Blocks(4, 3)": "Blocks(size=4): table=3; give a sequence of rows",
+    "masks.Blocks(4, ((0,), ('a',)))": "Blocks(size=4): row 1, ('a',): give a sequence of whole numbers",
     "masks.Causal() & 3": "And: 3 is int; masks combine with masks alone",
 }
 
@@ -83,7 +86,7 @@ def test_arguments_of_another_type_are_refused_in_one_line():
     script = f"""
 import jax.numpy as jnp
 from jax.random import key, split
-from kernels.attention import Dropout, attend, masks
+from kernels.attention import Dropout, attend, masks, paged
 x, ids, key = jnp.zeros((1, 4, 2, 8)), jnp.zeros((1, 4), int), key(0)
 for expression in {list(OF_ANOTHER_TYPE)!r}:
     try:

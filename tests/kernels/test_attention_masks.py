@@ -65,6 +65,7 @@ RULES = {
     BlockLocal(4): lambda q, k: q // 4 == k // 4,
     BlockLocal(3, before=2, after=1): lambda q, k: q // 3 - 2 <= k // 3 <= q // 3 + 1,
     Blocks(5, TABLE): lambda q, k: 0 <= q // 5 < 4 and k // 5 in TABLE[q // 5],
+    Blocks(5, ((1, 2**27), (), (0, 3))): lambda q, k: (q // 5, k // 5) in ((0, 1), (2, 0), (2, 3)),
     Local1D(4, 6): lambda q, k: q // 4 * 4 - 6 <= k < q // 4 * 4 + 4,
     Local2D(5, 7, 2, 3, 1, 2): in_2d_memory,
 }
@@ -213,7 +214,7 @@ def test_operators_go_to_each_head():
 
 def test_what_needs_a_table():
     for mask in RULES:
-        assert mask.needs_table == (mask in (Global(SCATTERED), GlobalKeys(SCATTERED), Blocks(5, TABLE)))
+        assert mask.needs_table == (mask in (Global(SCATTERED), GlobalKeys(SCATTERED)) or isinstance(mask, Blocks))
     assert (Causal() & ~Blocks(5, TABLE)).needs_table and PerHead((Causal(), Blocks(5, TABLE))).needs_table
     assert not (Causal() & ~Window(3)).needs_table
 
@@ -255,6 +256,7 @@ BAD = {
     "negative position": (lambda: GlobalKeys((-1, 2)), r"positions \(-1, 2\).*none of them negative"),
     "blocks": (lambda: BlockLocal(4, before=-1), "before >= 0"),
     "table": (lambda: Blocks(4, ((0,), (-1,))), "blocks >= 0"),
+    "far block": (lambda: Blocks(4, ((0,), (2**30,))), "block 1073741824 begins after position 1073741824"),
     "no permutation": (lambda: masks.permuted(4, (0, 0)), "each of 0 ... 1 must occur once"),
     "local 1D": (lambda: Local1D(0, 4), "query_block >= 1"),
     "local 2D": (lambda: Local2D(4, 4, 0, 2, 1, 1), "query rectangles must be >= 1"),
@@ -300,3 +302,20 @@ def test_masks_that_do_not_fit_the_call(mask, message):
 def test_the_largest_fields_do_not_overflow(mask):
     positions = np.arange(4, dtype=np.int32)
     assert np.asarray(mask.allowed(jnp.asarray(positions)[:, None], jnp.asarray(positions)[None])).all()
+
+
+FAR = 2**30 - 2**26
+
+
+@pytest.mark.parametrize(
+    ("mask", "expected"),
+    [(Blocks(1, ((0, FAR),)), [True, False, True]), (GlobalKeys(range(7, FAR + 8, 2**26)), [False, True, False])],
+    ids=["blocks", "keys"],
+)
+def test_far_numbers_cost_no_memory(mask, expected):
+    """Neither before tracing nor in what is compiled: tables are as long as what is listed."""
+    positions = np.array([0, 7, FAR], np.int32)
+    np.testing.assert_array_equal(mask.allowed(positions[:1], positions), expected)
+    np.testing.assert_array_equal(mask.tile(0, 0, positions, positions) == FULL, expected)
+    constants = jax.make_jaxpr(lambda keys: mask.allowed(keys[:1] * 0, keys))(positions).consts
+    assert mask.needs_table and sum(np.size(constant) for constant in constants) < 100

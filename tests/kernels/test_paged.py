@@ -93,8 +93,12 @@ def test_what_cannot_run_is_said():
         paged.attend(args[0][:, :3], *args[1:])
     with pytest.raises(ValueError, match="all three must have one floating type"):
         paged.attend(args[0].astype(jnp.bfloat16), *args[1:])
-    with pytest.raises(ValueError, match="softcap=-1"):
-        paged.attend(*args, softcap=-1.0)
+    for option, words in (
+        (dict(softcap=-1.0), "softcap=-1.0; give a positive number"),
+        (dict(scale=float("inf")), "scale=inf; give a number"),
+    ):
+        with pytest.raises(ValueError, match=f"^paged.attend: {words}"):
+            paged.attend(*args, **option)
     assert paged.explain(*args[:4]).name != "portable", "nothing unmeasured is chosen"
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Iterable, Sequence
 
 import jax.numpy as jnp
@@ -83,10 +84,7 @@ class _Positions(Mask):
 
     def __post_init__(self):
         whole_numbers(self)
-        given = self.positions
-        if not isinstance(given, Iterable) or not all(isinstance(p, int | np.integer) and not isinstance(p, bool) for p in given):
-            raise ValueError(f"{type(self).__name__}(positions={given!r}): give a sequence of whole numbers")
-        positions = tuple(sorted({int(position) for position in given}))
+        positions = _ascending(f"{type(self).__name__}(positions={self.positions!r})", self.positions)
         if not positions or positions[0] < 0:
             raise ValueError(f"{type(self).__name__}: positions {positions[:4]}: give at least one, none of them negative")
         if positions[-1] > LARGEST:
@@ -113,17 +111,12 @@ class _Positions(Mask):
         firsts, lasts = positions[np.r_[0, breaks + 1]], positions[np.r_[breaks, len(positions) - 1]]
         return [(int(first), int(last)) for first, last in zip(firsts, lasts)]
 
-    @functools.cached_property
-    def _table(self) -> Bool[ndarray, "positions"]:
-        """Membership of 0 ... max, and of one position more, which is not in the set."""
-        table = np.zeros(self.positions[-1] + 2, bool)
-        table[list(self.positions)] = True
-        return table
-
     def _contains(self, pos):
         if not self.needs_table:
             return functools.reduce(lambda a, b: a | b, ((pos >= first) & (pos <= last) for first, last in self._runs))
-        return (pos >= 0) & _look_up(self._table, pos.clip(0, len(self._table) - 1))
+        firsts, lasts = np.array(self._runs, np.int32).T
+        run = _rank(firsts, pos, "right") - 1  # the last one that begins at or before pos
+        return (run >= 0) & (pos <= _look_up(lasts, run.clip(0)))
 
     def _all_and_some(self, lo, hi):
         """Whether all of the positions lo ... hi are in the set, and whether some are."""
@@ -182,23 +175,27 @@ class Blocks(Mask):
 
     def __post_init__(self):
         whole_numbers(self)
-        table = tuple(tuple(sorted({int(block) for block in row})) for row in self.table)
+        name = f"Blocks(size={self.size})"
+        if not isinstance(self.table, Iterable):
+            raise ValueError(f"{name}: table={self.table!r}; give a sequence of rows, the key blocks of each query block")
+        table = tuple(_ascending(f"{name}: row {i}, {row!r}", row) for i, row in enumerate(self.table))
         if self.size < 1 or not table or any(row and row[0] < 0 for row in table):
-            raise ValueError(f"Blocks(size={self.size}, {len(table)} rows): use size >= 1, one row or more, and blocks >= 0")
+            raise ValueError(f"{name}, {len(table)} rows: use size >= 1, one row or more, and blocks >= 0")
         object.__setattr__(self, "table", table)
+        if self._last * self.size > LARGEST:
+            raise ValueError(f"{name}: block {self._last} begins after position {LARGEST}, the last expected, as they are int32")
 
     def allowed(self, q_pos, kv_pos):
-        seen = self._seen
-        rows, columns = seen.shape[0] - 2, seen.shape[1] - 2
-        q_block, kv_block = q_pos // self.size + 1, kv_pos // self.size + 1
-        return _look_up(seen, q_block.clip(0, rows + 1), kv_block.clip(0, columns + 1))
+        seen, columns = self._seen, self._columns
+        q_block, kv_block = q_pos // self.size, kv_pos // self.size
+        column = _rank(columns, kv_block, "left").clip(0, len(columns) - 1)
+        return (_look_up(columns, column) == kv_block) & _look_up(seen, (q_block + 1).clip(0, len(seen) - 1), column)
 
     def tile(self, q_lo, q_hi, kv_lo, kv_hi):
         counts = self._counts
-        limits = np.array(counts.shape) - 1
         first_row, last_row, first_column, last_column = (x // self.size for x in (q_lo, q_hi, kv_lo, kv_hi))
-        top, bottom = np.clip(first_row, 0, limits[0]), np.clip(last_row + 1, 0, limits[0])
-        left, right = np.clip(first_column, 0, limits[1]), np.clip(last_column + 1, 0, limits[1])
+        top, bottom = np.clip(first_row, 0, len(self.table)), np.clip(last_row + 1, 0, len(self.table))
+        left, right = (np.searchsorted(self._columns, x) for x in (first_column, last_column + 1))
         count = counts[bottom, right] - counts[top, right] - counts[bottom, left] + counts[top, left]
         area = (last_row - first_row + 1) * (last_column - first_column + 1)
         return truth(all_=count == area, some=count > 0)
@@ -207,26 +204,35 @@ class Blocks(Mask):
         if q_length is None:
             return None
         columns, shorter, longer = (-(-n // self.size) for n in (kv_length, min(q_length, kv_length), max(q_length, kv_length)))
-        if not shorter <= len(self.table) <= longer or self._seen.shape[1] - 2 > columns:
+        if not shorter <= len(self.table) <= longer or self._last >= columns:
             return (
-                f"Blocks(size={self.size}) has {len(self.table)} query blocks and key blocks up to {self._seen.shape[1] - 3}; "
+                f"Blocks(size={self.size}) has {len(self.table)} query blocks and key blocks up to {self._last}; "
                 f"{q_length} queries and {kv_length} keys make {longer} query blocks and key blocks up to {columns - 1}"
             )
         return None
 
+    @property
+    def _last(self) -> int:
+        """The last key block of the table."""
+        return max((row[-1] for row in self.table if row), default=0)
+
+    @functools.cached_property
+    def _columns(self) -> Int[ndarray, "columns"]:
+        """The key blocks that the table lists, in order, and the first: not all that there are up to the last."""
+        return np.array(sorted({0, *itertools.chain.from_iterable(self.table)}), np.int32)
+
     @functools.cached_property
     def _seen(self) -> Bool[ndarray, "rows columns"]:
-        """seen[1 + i, 1 + j]: queries of block i see keys of block j; false around the table."""
-        columns = 1 + max((row[-1] for row in self.table if row), default=0)
-        seen = np.zeros((len(self.table) + 2, columns + 2), bool)
+        """seen[1 + i, j]: queries of block i see keys of block columns[j]; false above the table and below."""
+        seen = np.zeros((len(self.table) + 2, len(self._columns)), bool)
         for i, row in enumerate(self.table):
-            seen[1 + i, 1 + np.array(row, int)] = True
+            seen[1 + i, np.searchsorted(self._columns, row)] = True
         return seen
 
     @functools.cached_property
     def _counts(self) -> Int[ndarray, "rows columns"]:
-        """counts[i, j]: pairs of blocks seen above row i and left of column j."""
-        return np.pad(self._seen[1:-1, 1:-1].cumsum(0).cumsum(1), ((1, 0), (1, 0)))
+        """counts[i, j]: pairs of blocks seen above row i and left of columns[j]."""
+        return np.pad(self._seen[1:-1].cumsum(0).cumsum(1), ((1, 0), (1, 0)))
 
 
 def permuted(size: int, permutation: Sequence[int]) -> Blocks:
@@ -268,6 +274,20 @@ def butterfly(size: int, num_blocks: int) -> Blocks:
     return Blocks(size, tuple(tuple(block for block in row if block < num_blocks) for row in rows))
 
 
+def _ascending(what: str, given: Iterable[int]) -> tuple[int, ...]:
+    """The distinct numbers in order; a `ValueError` about `what` where they are no sequence of whole numbers."""
+    numbers = tuple(given) if isinstance(given, Iterable) else (None,)
+    if not all(isinstance(number, int | np.integer) and not isinstance(number, bool) for number in numbers):
+        raise ValueError(f"{what}: give a sequence of whole numbers")
+    return tuple(sorted({int(number) for number in numbers}))
+
+
 def _look_up(table: ndarray, *index):
     """table[index], in NumPy where the indices are NumPy's."""
     return table[index] if all(isinstance(i, ndarray | np.integer) for i in index) else jnp.asarray(table)[index]
+
+
+def _rank(table: ndarray, x, side: str):
+    """Where in the ascending `table` x belongs, in NumPy where x is NumPy's."""
+    search = np if isinstance(x, ndarray | np.integer) else jnp
+    return search.searchsorted(table, x, side=side)
