@@ -16,6 +16,9 @@ from typing import Any
 
 import jax
 
+from benchmarks import harness
+from kernels import devices
+
 
 def assembler() -> str:
     """The version of the ptxas on the path, or that there is none. Some versions miscompile Hopper kernels: 13.1.80 is good."""
@@ -89,3 +92,12 @@ def turns(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[fl
 
 def median(times: Sequence[float]) -> float:
     return statistics.median(times)
+
+
+def commit(section: str, found: dict[str, Any], **facts: Any) -> pathlib.Path:
+    """Add to a section of kernels/numerics/<device>.json, whose other entries stay, what was found out on this device."""
+    path = devices.numerics_file(devices.here())
+    earlier = json.loads(path.read_text()) if path.exists() else {}
+    kept = {name: value for name, value in earlier.items() if name not in ("command", "environment", "rows")}
+    harness.write(path, rows=[], **(kept | facts | {section: kept.get(section, {}) | found}))
+    return path

@@ -1,14 +1,16 @@
-"""What has been found out about kernels on a kind of device, committed as JSON: numerics checked, and block sizes.
+"""What has been found out about kernels on a kind of device, committed as JSON: numerics checked, speed, and block sizes.
 
 `numerics/<device>.json` says which implementations were found right there. A kernel that compiles for a GPU and has only been
 interpreted on a CPU is not chosen on that GPU without being asked for by name, until `python -m benchmarks.attention_numerics`
-has run there and the file it writes is committed. `blocks/<device>.json` holds block sizes, which `python -m
-benchmarks.attention_tuning` writes. Both are looked up by the device's kind alone, never tuned or checked while a program runs.
+(of scans `benchmarks.scan_numerics`) has run there and the file it writes is committed. Of scans it also holds, under `fastest`,
+the order that `python -m benchmarks.gpu_scan --commit` measured there. `blocks/<device>.json` holds block sizes, which `python -m
+benchmarks.attention_tuning` writes. All are looked up by the device's kind alone, never tuned or checked while a program runs.
 """
 
 import functools
 import json
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -41,6 +43,20 @@ def verified(op: str, kind: str) -> frozenset[str]:
     """The implementations of `op` that passed all checks on such a device."""
     found = _read(numerics_file(kind)).get(op, {})
     return frozenset(name for name, record in found.items() if record["passed"])
+
+
+def preference(op: str, platform: str, otherwise: Sequence[str]) -> tuple[str, ...]:
+    """`otherwise`; on a GPU the order measured there instead, with its kernels among them if they were found right there."""
+    if platform != "gpu":
+        return tuple(otherwise)
+    checked = verified(op, here())
+    measured = [name for name in _fastest(op, here()) if name in checked or name in otherwise]
+    return (*measured, *(name for name in otherwise if name not in measured))
+
+
+@functools.cache
+def _fastest(op: str, kind: str) -> tuple[str, ...]:
+    return tuple(_read(numerics_file(kind)).get("fastest", {}).get(op, ()))
 
 
 @functools.cache

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Inexact
 
+from kernels import devices
 from kernels.dispatch import Choice, Implementation, anything, choose
 from kernels.scan import associative, carried, chunked, portable, reference
 from kernels.scan.adjoint import scan_with_adjoint
@@ -45,7 +46,8 @@ IMPLEMENTATIONS = {
         "a Pallas kernel with the state in registers, compiled on a GPU and interpreted on a CPU",
     ),
 }
-# Fastest first, as benchmarks/scan.py measures it. Nothing is measured on a platform that is not listed: it takes the default.
+# Fastest first, as benchmarks/scan.py measures it. A platform that is not listed takes the default; on a GPU what was measured on
+# such a device goes first (`devices.preference`).
 PREFERENCE = {"cpu": ("chunked", "reference", "associative")}
 DEFAULT_PREFERENCE = ("associative", "chunked", "reference")
 
@@ -132,7 +134,7 @@ def explain(a, b, *, h0=None, reset=None, reverse=False, implementation=None) ->
         reverse=reverse,
         platform=jax.default_backend(),
     )
-    preference = PREFERENCE.get(spec.platform, DEFAULT_PREFERENCE)
+    preference = devices.preference("linear_scan", spec.platform, PREFERENCE.get(spec.platform, DEFAULT_PREFERENCE))
     return carried.told(choose("linear_scan", IMPLEMENTATIONS, preference, spec, implementation), spec.length)
 
 

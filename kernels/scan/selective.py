@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from kernels import devices
 from kernels.dispatch import Choice, Implementation, anything, choose
 from kernels.scan import carried, selective_chunked, selective_portable, selective_reference, triton
 from kernels.scan.arguments import check_arrays, check_direction
@@ -53,9 +54,8 @@ IMPLEMENTATIONS = {
         _compiled(triton.scan), triton.why_not, "Triton kernels through jax-triton, parallel in time inside chunks of 16 steps"
     ),
 }
-# Fastest first, as benchmarks/selective_scan.py measures it on CPUs. Elsewhere nothing is measured: the first is the one that
-# never holds L x E x N states. A GPU kernel enters with a passing numerics file of that kind of device, and until then runs only
-# by name.
+# Fastest first, as benchmarks/selective_scan.py measures it on CPUs. On a GPU the order that benchmarks/gpu_scan.py measured on
+# such a device goes first (`devices.preference`): until its file is committed there, GPU kernels run only by name.
 PREFERENCE = ("chunked", "reference", "associative")
 
 
@@ -173,7 +173,8 @@ def explain_selective(
         reverse=reverse,
         platform=jax.default_backend(),
     )
-    return carried.told(choose("selective_scan", IMPLEMENTATIONS, PREFERENCE, spec, implementation), length)
+    preference = devices.preference("selective_scan", spec.platform, PREFERENCE)
+    return carried.told(choose("selective_scan", IMPLEMENTATIONS, preference, spec, implementation), length)
 
 
 def _check(u, A, by_group, like_u, by_channel, h0) -> None:

@@ -36,6 +36,11 @@ class Update(NamedTuple):
     keep: Array | None
 
 
+def blocks_of(states: int) -> Blocks:
+    """The entry of `BLOCKS` for so many states."""
+    return BLOCKS[next(size for size in sorted(BLOCKS) if size >= states)]
+
+
 def why_not(spec) -> str | None:
     """The reason the kernels cannot run this call."""
     largest = max(BLOCKS)
@@ -58,7 +63,7 @@ def scan(
     """
     interpret = jax.default_backend() == "cpu" if interpret is None else interpret
     _, N, F = inputs.A.shape
-    blocks, L = BLOCKS[next(size for size in sorted(BLOCKS) if size >= N)] if blocks is None else blocks, inputs.u.shape[1]
+    blocks, L = blocks_of(N) if blocks is None else blocks, inputs.u.shape[1]
     plan = Plan(selective_blocks.shrink(blocks, L, F), L, softplus, reverse, interpret)
     return selective_blocks.run(PASSES, plan, inputs, keep)
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from kernels import devices
 from kernels.dispatch import Choice, Implementation, anything, choose, shown
 from kernels.scan import carried, ssd_forms
 from kernels.scan.arguments import check_arrays, check_direction
@@ -31,7 +32,7 @@ IMPLEMENTATIONS = {
     "reference": Implementation(jax.jit(ssd_forms.recurrence), anything, "lax.scan, one step after another: the specification"),
     "chunked": Implementation(jax.jit(ssd_forms.dual), anything, "products of matrices inside chunks of 64 steps"),
 }
-PREFERENCE = ("chunked", "reference")  # everywhere; measured on CPU only
+PREFERENCE = ("chunked", "reference")  # measured on CPU; on a GPU what was measured there goes first
 
 
 def ssd(
@@ -148,7 +149,8 @@ def explain_ssd(x, dt, A, B, C, D=None, dt_bias=None, *, h0=None, reset=None, re
         dtype=str(_state_dtype(x, dt, A, B, C, D, dt_bias, h0)),
         platform=jax.default_backend(),
     )
-    return carried.told(choose("ssd", IMPLEMENTATIONS, PREFERENCE, spec, implementation), length)
+    preference = devices.preference("ssd", spec.platform, PREFERENCE)
+    return carried.told(choose("ssd", IMPLEMENTATIONS, preference, spec, implementation), length)
 
 
 def _check(x, dt, A, B, C, D, dt_bias, h0, reset, reverse) -> None:

@@ -1,7 +1,8 @@
 """Launches the selective scan's Triton kernels through jax-triton, on an NVIDIA GPU; nothing else here needs one, or Triton.
 
 The formulas are those of `selective_portable`; inside a chunk of K steps they are parallel in time, and the backward pass has
-a_t h_{t-1} as h_t less what step t wrote, exact to the rounding of h_t. jax-triton has no rule for vmap.
+a_t h_{t-1} as h_t less what step t wrote, exact to the rounding of h_t. Under vmap
+the kernels are launched one after the other.
 """
 
 import functools
@@ -18,6 +19,11 @@ from kernels.scan.selective_reference import Inputs, State
 
 BLOCKS = {16: Blocks(64, 8, 8, 8, 8), 64: Blocks(8, 8, 8, 8, 8)}
 """For each number of states (the next one up is used), the blocks to start from on an H200; not measured. A chunk is one span."""
+
+
+def blocks_of(states: int) -> Blocks:
+    """The entry of `BLOCKS` for so many states."""
+    return BLOCKS[next(size for size in sorted(BLOCKS) if size >= states)]
 
 
 def why_not(spec) -> str | None:
@@ -46,7 +52,7 @@ def scan(
 def plan_of(softplus: bool, reverse: bool, inputs: Inputs, blocks: Blocks | None = None) -> Plan:
     """How the call is cut."""
     (_, N, F), L = inputs.A.shape, inputs.u.shape[1]
-    blocks = BLOCKS[next(size for size in sorted(BLOCKS) if size >= N)] if blocks is None else blocks
+    blocks = blocks_of(N) if blocks is None else blocks
     return Plan(selective_blocks.shrink(blocks, L, F), L, softplus, reverse, interpret=False)
 
 
@@ -91,8 +97,17 @@ def _launch(name: str, plan: Plan, arrays: list, outputs: list, constants: dict[
     from kernels.scan import triton_kernels
 
     B, G, F = arrays[0].shape[0], constants["G"], constants["F"]
-    launch = functools.partial(compat.triton_call, getattr(triton_kernels, name), num_warps=plan.blocks.warps, num_stages=1)
-    return launch(*arrays, out=outputs, grid=(F // plan.blocks.channels, G, B), name=f"selective_scan_{name}", **constants)
+    launch = functools.partial(
+        compat.triton_call,
+        getattr(triton_kernels, name),
+        out=outputs,
+        grid=(F // plan.blocks.channels, G, B),
+        name=f"selective_scan_{name}",
+        num_warps=plan.blocks.warps,
+        num_stages=1,
+        **constants,
+    )
+    return jax.custom_batching.sequential_vmap(launch)(*arrays)
 
 
 def _pointers(inputs: Inputs) -> list:

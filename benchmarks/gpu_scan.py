@@ -1,0 +1,312 @@
+"""The scans on the device that is here: Mamba's selective scan, Mamba-2's SSD and the linear scan, forward and backward.
+
+    python -m benchmarks.gpu_scan                       all cases; results/<device>/scan.json
+    python -m benchmarks.gpu_scan --budget=85           no new case after 85 seconds; the same command goes on where it stopped
+    python -m benchmarks.gpu_scan --commit              and their order, fastest first, to kernels/numerics/<device>.json
+    python -m benchmarks.gpu_scan --quick               a small form on any device, under a minute on a CPU
+
+All contestants of a case take turns in one process; their programs are compiled side by side. A row has each one's median
+milliseconds and its share of the bandwidth that a copy reaches in the same process (bytes read and written). Bytes are the least
+there are, every input read once and every output written once; `with states` counts besides them the states that the
+implementation's forward pass keeps for its backward pass (as `kernels.offline.scan` does). `over` compares with `lax.scan` and
+`lax.associative_scan`. The forward pass is that of inference, which keeps nothing; the backward pass is of an earlier forward. A
+contestant whose first run takes more than a second is timed by that run; one that needs more memory than there is, or fails, is
+in the row with the reason.
+"""
+
+import argparse
+import functools
+import os
+import time
+from collections.abc import Callable
+from concurrent import futures
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks import cards, harness
+from kernels import devices
+from kernels.scan import (
+    api,
+    explain,
+    explain_selective,
+    explain_ssd,
+    linear_scan,
+    selective,
+    selective_chunked,
+    selective_portable,
+    selective_scan,
+    ssd,
+    triton,
+)
+from kernels.scan.ssd import IMPLEMENTATIONS as SSD
+
+SLOW = 1.0
+"""Seconds of a run above which it is not repeated."""
+HEAD = 64
+"""Channels of a head of SSD."""
+PEERS = {"reference": "lax.scan", "associative": "lax.associative_scan"}
+LONGEST = {"reference": 2**12, "associative": 2**11}
+"""The longest sequences of these: one launches kernels at each step, the other holds all states several times."""
+
+
+class Case(NamedTuple):
+    """One shape: B sequences of L steps of E channels, each of `states`; those of the linear scan are channels."""
+
+    op: str
+    batch: int
+    length: int
+    channels: int
+    states: int = 1
+    dtype: str = "bfloat16"
+
+
+CASES = (
+    Case("selective_scan", 8, 4096, 2048, 16),
+    Case("ssd", 8, 4096, 2048, 128),
+    Case("linear_scan", 8, 4096, 2048, dtype="float32"),
+    Case("selective_scan", 8, 2048, 2048, 16),
+    Case("selective_scan", 8, 16384, 2048, 16),
+    Case("linear_scan", 8, 2048, 2048, dtype="float32"),
+    Case("ssd", 8, 16384, 2048, 128),
+    Case("selective_scan", 8, 4096, 4096, 16),
+    Case("selective_scan", 8, 16384, 4096, 16),
+    Case("selective_scan", 8, 4096, 2048, 64),
+    Case("linear_scan", 16, 2048, 128, dtype="complex64"),
+    Case("linear_scan", 8, 16384, 2048, dtype="float32"),
+)
+"""The first of each op decides the order that --commit writes."""
+QUICK = (Case("selective_scan", 1, 64, 32, 4), Case("ssd", 1, 64, 64, 16), Case("linear_scan", 1, 64, 32, dtype="float32"))
+
+
+def selective_arguments(case: Case) -> dict[str, jax.Array]:
+    """With the step sizes of a fresh Mamba layer."""
+    shape, states = case[1:4], (*case[1:3], case.states)
+    keys = jax.random.split(jax.random.key(0), 5)
+    u, delta, z = (jax.random.normal(key, shape, case.dtype) for key in keys[:3])
+    B, C = (jax.random.normal(key, states, case.dtype) for key in keys[3:])
+    A = -jnp.broadcast_to(jnp.arange(1.0, case.states + 1), (case.channels, case.states))
+    D, bias = jnp.ones(case.channels), jnp.full(case.channels, -4.6)
+    return {"u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z, "delta_bias": bias}
+
+
+def ssd_arguments(case: Case) -> dict[str, jax.Array]:
+    """Heads of 64 channels, one group."""
+    heads, states = case.channels // HEAD, (*case[1:3], 1, case.states)
+    keys = jax.random.split(jax.random.key(0), 4)
+    x, dt = (jax.random.normal(key, (*case[1:3], heads, *rest), case.dtype) for key, rest in zip(keys, ((HEAD,), ())))
+    B, C = (jax.random.normal(key, states, case.dtype) for key in keys[2:])
+    A, D, bias = -jnp.arange(1.0, heads + 1), jnp.ones(heads), jnp.full(heads, -4.6)
+    return {"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "dt_bias": bias}
+
+
+def linear_arguments(case: Case) -> dict[str, jax.Array]:
+    """Decays that vary in time, or complex ones that do not, as S5's."""
+    keys = jax.random.split(jax.random.key(0), 2)
+    fixed = case.dtype == "complex64"
+    a = jax.random.uniform(keys[0], case[3:4] if fixed else case[1:4], minval=0.9, maxval=0.999)
+    return {"a": a * jnp.exp(1j * a) if fixed else a, "b": jax.random.normal(keys[1], case[1:4], case.dtype)}
+
+
+def kept_states(steps: int) -> Callable[[Case], int]:
+    """Bytes of one float32 state for every so many steps."""
+    return lambda case: 4 * case.batch * -(-case.length // steps) * case.channels * case.states
+
+
+class Op(NamedTuple):
+    """An op: its arguments, the function that is timed, what says why it cannot run, its implementations, what each keeps."""
+
+    arguments: Callable[[Case], dict[str, jax.Array]]
+    run: Callable[..., Any]
+    explain: Callable[..., Any]
+    implementations: dict[str, Any]
+    kept: dict[str, Callable[[Case], int]]
+
+
+OPS = {
+    "selective_scan": Op(
+        selective_arguments,
+        selective_scan,
+        explain_selective,
+        selective.IMPLEMENTATIONS,
+        {
+            "triton": lambda case: kept_states(triton.blocks_of(case.states).K)(case),
+            "portable": lambda case: kept_states(selective_portable.blocks_of(case.states).K)(case),
+            "chunked": kept_states(selective_chunked.K),
+        },
+    ),
+    "ssd": Op(ssd_arguments, ssd, explain_ssd, SSD, {}),
+    "linear_scan": Op(linear_arguments, linear_scan, explain, api.IMPLEMENTATIONS, {}),
+}
+
+
+class Programs(NamedTuple):
+    """A contestant's compiled programs: inference, the forward pass of training, the backward pass."""
+
+    forward: Any
+    training: Any
+    backward: Any
+
+    def megabytes(self) -> float:
+        """The most that one of them allocates."""
+        return max(_allocated(program) for program in self) / 1e6
+
+
+def _allocated(program) -> int:
+    found = program.memory_analysis()
+    return found.temp_size_in_bytes + found.output_size_in_bytes + found.argument_size_in_bytes
+
+
+def compiled(op: Op, name: str, arrays, cotangent) -> Programs:
+    """The programs of one contestant."""
+
+    def run(arrays):
+        return op.run(**arrays, implementation=name)[0]
+
+    training = jax.jit(lambda arrays: jax.vjp(run, arrays)).lower(arrays)
+    _, pullback = training.out_info
+    backward = jax.jit(lambda pullback, g: pullback(g)).lower(pullback, cotangent)
+    return Programs(jax.jit(run).lower(arrays).compile(), training.compile(), backward.compile())
+
+
+def measure(case: Case, bandwidth: float, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The rows of one case: one for each pass."""
+    op = OPS[case.op]
+    arrays = op.arguments(case)
+    reasons = {name: _why_not(op, name, case, arrays) for name in op.implementations}
+    y = jax.eval_shape(lambda arrays: op.run(**arrays, implementation="reference")[0], arrays)
+    cotangent = jax.random.normal(jax.random.key(1), y.shape, y.dtype)
+    runs: dict[str, dict[str, Callable[[], Any]]] = {"forward": {}, "backward": {}}
+    seconds: dict[str, dict[str, float]] = {"forward": {}, "backward": {}}
+    able = [name for name, reason in reasons.items() if reason is None]
+    megabytes = {}
+    with futures.ThreadPoolExecutor(min(len(able), os.cpu_count() or 1)) as pool:
+        pending = {name: pool.submit(compiled, op, name, arrays, cotangent) for name in able}
+    for name, future in pending.items():
+        try:
+            programs = future.result()
+            megabytes[name] = programs.megabytes()
+            _check_memory(megabytes[name])
+            _, pullback = jax.block_until_ready(programs.training(arrays))
+            started = {"forward": functools.partial(programs.forward, arrays)}
+            started["backward"] = functools.partial(programs.backward, pullback, cotangent)
+            for which, run in started.items():
+                seconds[which][name] = _first(run)
+            for which, run in started.items():
+                runs[which][name] = run
+            del reasons[name]
+        except Exception as error:  # whatever a compiler or a device raises: the others are still measured
+            reasons[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    facts = {"bandwidth": bandwidth, "megabytes": megabytes, "left out": reasons}
+    sizes = _io(arrays, cotangent)
+    return [
+        _row(case, which, runs[which], seconds[which], sizes[which], facts, args.repeats) for which in ("forward", "backward")
+    ]
+
+
+def _first(run: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    jax.block_until_ready(run())
+    return time.perf_counter() - start
+
+
+def _check_memory(megabytes: float) -> None:
+    limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", 32e9) / 1e6
+    if megabytes > 0.7 * limit:
+        raise MemoryError(f"it needs {megabytes / 1e3:.1f} GB, of {limit / 1e3:.1f}")
+
+
+def _why_not(op: Op, name: str, case: Case, arrays) -> str | None:
+    others = op.explain(**arrays, implementation="reference").others
+    if others.get(name, "").startswith("cannot"):
+        return others[name].removeprefix("cannot: ")
+    if name == "portable" and jax.default_backend() == "cpu":
+        return "interpreted on a CPU: its time would mean nothing"
+    if case.length > LONGEST.get(name, case.length):
+        return f"not run above {LONGEST[name]} steps"
+    return None
+
+
+def _io(arrays, cotangent) -> dict[str, int]:
+    """The least bytes of each pass; the backward one reads what the forward pass read, but writes no output."""
+    inputs = sum(x.nbytes for x in arrays.values())
+    return {"forward": inputs + cotangent.nbytes, "backward": 2 * inputs + cotangent.nbytes}
+
+
+def _row(case: Case, which: str, runs, seconds, io: int, facts: dict[str, Any], repeats: int) -> dict[str, Any]:
+    times = {name: [1e3 * taken] for name, taken in seconds.items() if name in runs and taken > SLOW}
+    times |= cards.turns({name: run for name, run in runs.items() if name not in times}, repeats)
+    found = {}
+    for name, ms in times.items():
+        rate = 1e-6 / cards.median(ms) / facts["bandwidth"]
+        kept = OPS[case.op].kept.get(name, lambda case: 0)(case) if which == "backward" else 0
+        over = {peer: cards.median(times[key]) / cards.median(ms) for key, peer in PEERS.items() if key in times}
+        found[name] = {
+            "ms": cards.median(ms),
+            "timed": len(ms),
+            "of bandwidth": io * rate,
+            "with states": (io + kept) * rate,
+            "over": over,
+            "megabytes": facts["megabytes"][name],
+        }
+    return case._asdict() | {"pass": which, "io_gigabytes": io / 1e9, "contestants": found, "left out": facts["left out"]}
+
+
+def copy_bandwidth(gigabytes: float) -> float:
+    """GB/s of a program that reads and writes so many gigabytes, both counted."""
+    x = jax.random.normal(jax.random.key(0), (int(gigabytes * 1e9) // 4,))
+    copy = jax.jit(jnp.negative)
+    return 2 * x.nbytes / cards.median(cards.milliseconds(lambda: copy(x), 5)) / 1e6
+
+
+def fastest(rows: list[dict[str, Any]]) -> dict[str, list[str]]:
+    """For each op its implementations, by the time of both passes of the first case measured."""
+    order = {}
+    for op in dict.fromkeys(row["op"] for row in rows):
+        first = [row for row in rows if row["op"] == op][:2]
+        names = [name for name in first[0]["contestants"] if name in first[1]["contestants"]]
+        order[op] = sorted(names, key=lambda name: sum(row["contestants"][name]["ms"] for row in first))
+    return order
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row in short."""
+    found = ", ".join(f"{name} {x['ms']:.3g} ms ({x['with states']:.0%})" for name, x in row["contestants"].items())
+    return f"{' '.join(str(row[field]) for field in Case._fields)} {row['pass']}: {found}"
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--ops", nargs="+", default=list(OPS), choices=OPS)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--budget", type=float, default=600, help="seconds after which no new case is begun")
+    parser.add_argument("--quick", action="store_true", help="64 steps of 32 channels")
+    parser.add_argument("--commit", action="store_true", help="write the order measured, for this kind of device; on a GPU only")
+    parser.add_argument("--out", help="by default results/<device>/scan.json")
+    args = parser.parse_args()
+    if args.commit and (args.quick or jax.default_backend() != "gpu"):
+        parser.error(f"--commit needs the whole table on a GPU; here is {devices.here()}")
+    return args
+
+
+def main() -> None:
+    args, start = parse(), time.perf_counter()
+    out = args.out or f"results/{devices.slug(devices.here())}/scan.json"
+    facts = {"clocks": cards.clocks(), "assembler": cards.assembler()}
+    facts["bandwidth"] = copy_bandwidth(0.1 if jax.default_backend() == "cpu" else 2)
+    rows = cards.resumed(out)
+    done = [Case(*(row[field] for field in Case._fields)) for row in rows]
+    for case in [case for case in (QUICK if args.quick else CASES) if case.op in args.ops and case not in done]:
+        if time.perf_counter() - start > args.budget:
+            print(f"{args.budget:g} seconds are over; the same command measures the rest")
+            break
+        rows += measure(case, facts["bandwidth"], args)
+        harness.write(out, rows, **facts)
+        print("\n".join(map(line, rows[-2:])), f"\n  after {time.perf_counter() - start:.0f} s", flush=True)
+    if args.commit:
+        print(f"wrote {cards.commit('fastest', fastest(rows), device=devices.here())}")
+
+
+if __name__ == "__main__":
+    main()

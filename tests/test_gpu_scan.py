@@ -1,0 +1,95 @@
+"""The scans' benchmark and numerics in small: what is in a row, what resumes, what is found wrong, what becomes the default."""
+
+import json
+import sys
+
+import jax.numpy as jnp
+import pytest
+
+from benchmarks import cards, gpu_scan, scan_numerics
+from kernels import devices
+from kernels.dispatch import Implementation, anything
+from kernels.scan import numerics
+from kernels.scan.numerics import Case
+
+
+def test_the_benchmark_writes_after_each_case_and_resumes(tmp_path, monkeypatch, quick_compile):
+    out = tmp_path / "scan.json"
+    monkeypatch.setattr(sys, "argv", ["gpu_scan", "--quick", "--ops=linear_scan", "--repeats=1", f"--out={out}"])
+    gpu_scan.main()
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["pass"] for row in rows] == ["forward", "backward"]
+    for row in rows:
+        assert set(row["contestants"]) == {"chunked", "associative", "reference"}
+        for x in row["contestants"].values():
+            assert x["ms"] > 0 and x["over"].keys() == {"lax.scan", "lax.associative_scan"}
+        assert "interpreted" in row["left out"]["portable"]
+    assert rows[0]["io_gigabytes"] == 3 * 4 * 64 * 32 / 1e9  # a and b in, h out
+
+    def measured_again(*_):
+        raise AssertionError("a case that is in the file was measured again")
+
+    monkeypatch.setattr(gpu_scan, "measure", measured_again)
+    gpu_scan.main()
+    assert json.loads(out.read_text())["rows"] == rows
+
+
+def test_states_kept_are_counted_for_the_backward_pass_alone():
+    case = gpu_scan.CASES[0]
+    times = {"chunked": lambda: jnp.zeros(())}
+    facts = {"bandwidth": 1.0, "megabytes": {"chunked": 1.0}, "left out": {}}
+    rows = [gpu_scan._row(case, which, times, {"chunked": 2.0}, 10**9, facts, 1) for which in ("forward", "backward")]
+    found = [row["contestants"]["chunked"] for row in rows]
+    assert [x["timed"] for x in found] == [1, 1]  # two seconds are slow
+    kept = 4 * case.batch * case.length // 32 * case.channels * case.states
+    assert [x["with states"] for x in found] == pytest.approx([0.5, 0.5 * (1 + kept / 1e9)])
+
+
+def test_numerics_find_a_wrong_gradient_and_runs_that_differ(monkeypatch, quick_compile):
+    case = Case("linear_scan", 9, "float32", channels=4, reset=True)
+    chunked = numerics.OPS["linear_scan"].implementations["chunked"]
+    assert numerics.check("chunked", case)["passed"]
+    wrong = Implementation(lambda a, b, *rest: chunked.run(a + 1e-3 * b, b, *rest), anything, "")
+    monkeypatch.setitem(numerics.OPS["linear_scan"].implementations, "chunked", wrong)
+    found = numerics.check("chunked", case)
+    assert not found["passed"] and found["repeats"] and not found["da"]["passed"] and not found["y"]["passed"]
+    row = scan_numerics.one("no such", case)
+    assert not row["passed"] and "ValueError" in row["verdict"]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty place for files of devices, and a device."""
+    monkeypatch.setattr(devices, "FOLDER", tmp_path)
+    monkeypatch.setattr(devices, "here", lambda: "NVIDIA Test 1")
+    _forget()
+    yield tmp_path
+    _forget()
+
+
+def _forget() -> None:
+    devices.verified.cache_clear()
+    devices._fastest.cache_clear()
+
+
+def test_a_kernel_becomes_the_default_where_it_is_right_and_was_measured(folder):
+    otherwise = ("chunked", "reference")
+    assert devices.preference("selective_scan", "gpu", otherwise) == otherwise
+    cards.commit("attend", {"mosaic": {"passed": True, "cases": 3}})
+    cards.commit("selective_scan", {"triton": {"passed": True, "cases": 9}, "portable": {"passed": False, "cases": 9}})
+    _forget()
+    assert devices.preference("selective_scan", "gpu", otherwise) == otherwise  # right, but not measured
+    cards.commit("fastest", {"selective_scan": ["portable", "triton", "chunked", "reference"]})
+    _forget()
+    assert devices.preference("selective_scan", "gpu", otherwise) == ("triton", "chunked", "reference")
+    assert devices.preference("selective_scan", "cpu", otherwise) == otherwise
+    assert devices.verified("attend", "NVIDIA Test 1") == {"mosaic"}  # other sections stay
+
+
+def test_the_order_is_that_of_both_passes_of_the_first_case():
+    def row(op, which, **ms):
+        return {"op": op, "pass": which, "contestants": {name: {"ms": value} for name, value in ms.items()}}
+
+    rows = [row("ssd", "forward", chunked=3.0, triton=1.0), row("ssd", "backward", chunked=5.0, triton=4.0)]
+    rows += [row("ssd", "forward", chunked=1.0, triton=9.0), row("ssd", "backward", chunked=1.0, triton=9.0)]
+    assert gpu_scan.fastest(rows) == {"ssd": ["triton", "chunked"]}
