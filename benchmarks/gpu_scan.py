@@ -1,22 +1,21 @@
 """The scans on the device that is here: Mamba's selective scan, Mamba-2's SSD and the linear scan, forward and backward.
 
     python -m benchmarks.gpu_scan                       all cases; results/<device>/scan.json
-    python -m benchmarks.gpu_scan --budget=85           no new case after 85 seconds; the same command goes on where it stopped
+    python -m benchmarks.gpu_scan --jobs=4 --budget=85  four processes, which compile at the same time; ends after 85 seconds
     python -m benchmarks.gpu_scan --commit              and their order, fastest first, to kernels/numerics/<device>.json
     python -m benchmarks.gpu_scan --quick               a small form on any device, under a minute on a CPU
 
 All contestants of a case take turns in one process; their programs are compiled side by side. A row has each one's median
-milliseconds and its share of the bandwidth that a copy reaches in the same process (bytes read and written). Bytes are the least
+milliseconds and its share of the bandwidth that a copy reaches in the same run (bytes read and written). Bytes are the least
 there are, every input read once and every output written once; `with states` counts besides them the states that the
 implementation's forward pass keeps for its backward pass (as `kernels.offline.scan` does). `over` compares with `lax.scan` and
 `lax.associative_scan`. The forward pass is that of inference, which keeps nothing; the backward pass is of an earlier forward. A
 contestant whose first run takes more than a second is timed by that run; one that needs more memory than there is, or fails, is
-in the row with the reason.
+in the row with the reason. Written after each case; the same command goes on where it stopped.
 """
 
 import argparse
 import functools
-import os
 import time
 from collections.abc import Callable
 from concurrent import futures
@@ -170,39 +169,68 @@ def compiled(op: Op, name: str, arrays, cotangent) -> Programs:
     return Programs(jax.jit(run).lower(arrays).compile(), training.compile(), backward.compile())
 
 
-def measure(case: Case, bandwidth: float, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """The rows of one case: one for each pass."""
+def measure(args: argparse.Namespace, bandwidth: float, case: Case) -> list[dict[str, Any]]:
+    """The rows of one case, one for each pass; none where nothing could be run."""
     op = OPS[case.op]
     arrays = op.arguments(case)
-    reasons = {name: _why_not(op, name, case, arrays) for name in op.implementations}
     y = jax.eval_shape(lambda arrays: op.run(**arrays, implementation="reference")[0], arrays)
     cotangent = jax.random.normal(jax.random.key(1), y.shape, y.dtype)
-    runs: dict[str, dict[str, Callable[[], Any]]] = {"forward": {}, "backward": {}}
-    seconds: dict[str, dict[str, float]] = {"forward": {}, "backward": {}}
+    reasons = {name: _why_not(args, op, name, case, arrays) for name in op.implementations}
     able = [name for name, reason in reasons.items() if reason is None]
-    megabytes = {}
-    with futures.ThreadPoolExecutor(min(len(able), os.cpu_count() or 1)) as pool:
+    with futures.ThreadPoolExecutor(max(1, len(able))) as pool:
         pending = {name: pool.submit(compiled, op, name, arrays, cotangent) for name in able}
-    for name, future in pending.items():
-        try:
-            programs = future.result()
-            megabytes[name] = programs.megabytes()
-            _check_memory(megabytes[name])
-            _, pullback = jax.block_until_ready(programs.training(arrays))
-            started = {"forward": functools.partial(programs.forward, arrays)}
-            started["backward"] = functools.partial(programs.backward, pullback, cotangent)
-            for which, run in started.items():
-                seconds[which][name] = _first(run)
-            for which, run in started.items():
-                runs[which][name] = run
-            del reasons[name]
-        except Exception as error:  # whatever a compiler or a device raises: the others are still measured
-            reasons[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-    facts = {"bandwidth": bandwidth, "megabytes": megabytes, "left out": reasons}
-    sizes = _io(arrays, cotangent)
-    return [
-        _row(case, which, runs[which], seconds[which], sizes[which], facts, args.repeats) for which in ("forward", "backward")
-    ]
+    found = Found(bandwidth, _io(arrays, cotangent), reasons)
+    with cards.alone():
+        for name, future in pending.items():
+            try:
+                found.start(name, future.result(), arrays, cotangent)
+                del reasons[name]
+            except Exception as error:  # whatever a compiler or a device raises: the others are still measured
+                reasons[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        return [found.row(case, which, args.repeats) for which in found.runs if found.runs[which]]
+
+
+class Found:
+    """What one case's contestants turn out to do."""
+
+    def __init__(self, bandwidth: float, io: dict[str, int], reasons: dict[str, str | None]):
+        self.bandwidth, self.io, self.reasons = bandwidth, io, reasons
+        self.runs: dict[str, dict[str, Callable[[], Any]]] = {"forward": {}, "backward": {}}
+        self.seconds: dict[tuple[str, str], float] = {}
+        self.megabytes: dict[str, float] = {}
+
+    def start(self, name: str, programs: Programs, arrays, cotangent) -> None:
+        """Run each of a contestant's programs once."""
+        _check_memory(programs.megabytes())
+        _, pullback = jax.block_until_ready(programs.training(arrays))
+        passes = {
+            "forward": functools.partial(programs.forward, arrays),
+            "backward": functools.partial(programs.backward, pullback, cotangent),
+        }
+        self.seconds |= {(name, which): _first(run) for which, run in passes.items()}
+        self.megabytes[name] = programs.megabytes()
+        for which, run in passes.items():
+            self.runs[which][name] = run
+
+    def row(self, case: Case, which: str, repeats: int) -> dict[str, Any]:
+        """One pass of all of them, in turns but for the slow ones."""
+        times = {name: [1e3 * self.seconds[name, which]] for name in self.runs[which] if self.seconds[name, which] > SLOW}
+        times |= cards.turns({name: run for name, run in self.runs[which].items() if name not in times}, repeats)
+        ms = {name: cards.median(repeated) for name, repeated in times.items()}
+        found = {}
+        for name, taken in ms.items():
+            rate = 1e-6 / taken / self.bandwidth
+            kept = OPS[case.op].kept.get(name, lambda case: 0)(case) if which == "backward" else 0
+            found[name] = {
+                "ms": taken,
+                "timed": len(times[name]),
+                "of bandwidth": self.io[which] * rate,
+                "with states": (self.io[which] + kept) * rate,
+                "over": {peer: ms[key] / taken for key, peer in PEERS.items() if key in ms},
+                "megabytes": self.megabytes[name],
+            }
+        size = {"io_gigabytes": self.io[which] / 1e9}
+        return case._asdict() | {"pass": which} | size | {"contestants": found, "left out": self.reasons}
 
 
 def _first(run: Callable[[], Any]) -> float:
@@ -217,7 +245,9 @@ def _check_memory(megabytes: float) -> None:
         raise MemoryError(f"it needs {megabytes / 1e3:.1f} GB, of {limit / 1e3:.1f}")
 
 
-def _why_not(op: Op, name: str, case: Case, arrays) -> str | None:
+def _why_not(args: argparse.Namespace, op: Op, name: str, case: Case, arrays) -> str | None:
+    if name not in (args.contestants or op.implementations):
+        return "not asked for"
     others = op.explain(**arrays, implementation="reference").others
     if others.get(name, "").startswith("cannot"):
         return others[name].removeprefix("cannot: ")
@@ -234,25 +264,6 @@ def _io(arrays, cotangent) -> dict[str, int]:
     return {"forward": inputs + cotangent.nbytes, "backward": 2 * inputs + cotangent.nbytes}
 
 
-def _row(case: Case, which: str, runs, seconds, io: int, facts: dict[str, Any], repeats: int) -> dict[str, Any]:
-    times = {name: [1e3 * taken] for name, taken in seconds.items() if name in runs and taken > SLOW}
-    times |= cards.turns({name: run for name, run in runs.items() if name not in times}, repeats)
-    found = {}
-    for name, ms in times.items():
-        rate = 1e-6 / cards.median(ms) / facts["bandwidth"]
-        kept = OPS[case.op].kept.get(name, lambda case: 0)(case) if which == "backward" else 0
-        over = {peer: cards.median(times[key]) / cards.median(ms) for key, peer in PEERS.items() if key in times}
-        found[name] = {
-            "ms": cards.median(ms),
-            "timed": len(ms),
-            "of bandwidth": io * rate,
-            "with states": (io + kept) * rate,
-            "over": over,
-            "megabytes": facts["megabytes"][name],
-        }
-    return case._asdict() | {"pass": which, "io_gigabytes": io / 1e9, "contestants": found, "left out": facts["left out"]}
-
-
 def copy_bandwidth(gigabytes: float) -> float:
     """GB/s of a program that reads and writes so many gigabytes, both counted."""
     x = jax.random.normal(jax.random.key(0), (int(gigabytes * 1e9) // 4,))
@@ -264,7 +275,9 @@ def fastest(rows: list[dict[str, Any]]) -> dict[str, list[str]]:
     """For each op its implementations, by the time of both passes of the first case measured."""
     order = {}
     for op in dict.fromkeys(row["op"] for row in rows):
-        first = [row for row in rows if row["op"] == op][:2]
+        cases = [case._asdict() for case in CASES if case.op == op]
+        found = [[row for row in rows if case.items() <= row.items()] for case in cases]
+        first = next(both for both in found if len(both) == 2)
         names = [name for name in first[0]["contestants"] if name in first[1]["contestants"]]
         order[op] = sorted(names, key=lambda name: sum(row["contestants"][name]["ms"] for row in first))
     return order
@@ -280,7 +293,9 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ops", nargs="+", default=list(OPS), choices=OPS)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--budget", type=float, default=600, help="seconds after which no new case is begun")
+    parser.add_argument("--contestants", nargs="+", help="these implementations alone")
+    parser.add_argument("--jobs", type=int, default=1, help="processes, which compile at the same time and time one by one")
+    parser.add_argument("--budget", type=float, default=600, help="seconds after which no more cases are taken in")
     parser.add_argument("--quick", action="store_true", help="64 steps of 32 channels")
     parser.add_argument("--commit", action="store_true", help="write the order measured, for this kind of device; on a GPU only")
     parser.add_argument("--out", help="by default results/<device>/scan.json")
@@ -297,13 +312,14 @@ def main() -> None:
     facts["bandwidth"] = copy_bandwidth(0.1 if jax.default_backend() == "cpu" else 2)
     rows = cards.resumed(out)
     done = [Case(*(row[field] for field in Case._fields)) for row in rows]
-    for case in [case for case in (QUICK if args.quick else CASES) if case.op in args.ops and case not in done]:
-        if time.perf_counter() - start > args.budget:
-            print(f"{args.budget:g} seconds are over; the same command measures the rest")
-            break
-        rows += measure(case, facts["bandwidth"], args)
+    cases = [case for case in (QUICK if args.quick else CASES) if case.op in args.ops and case not in done]
+    for measured in cards.spread(functools.partial(measure, args, facts["bandwidth"]), cases, args.jobs):
+        rows += measured
         harness.write(out, rows, **facts)
-        print("\n".join(map(line, rows[-2:])), f"\n  after {time.perf_counter() - start:.0f} s", flush=True)
+        print("\n".join(map(line, measured)), f"\n  after {time.perf_counter() - start:.0f} s", flush=True)
+        if time.perf_counter() - start > args.budget:
+            print(f"{args.budget:g} seconds are over; the same command measures what is left")
+            break
     if args.commit:
         print(f"wrote {cards.commit('fastest', fastest(rows), device=devices.here())}")
 

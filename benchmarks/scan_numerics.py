@@ -4,15 +4,14 @@
     python -m benchmarks.scan_numerics --commit        and what passed, to kernels/numerics/<device>.json
     python -m benchmarks.scan_numerics --quick         three small calls of Pallas's kernels, interpreted on a CPU
 
-Calls run beside each other, as many as there are cores up to eight, since most of their time is compiling. It goes on where it
-stopped: calls that are in --out are not run again.
+`--jobs` processes run calls beside each other, since most of their time is compiling. It goes on where it stopped: calls that are
+in --out are not run again.
 """
 
 import argparse
-import os
 import sys
+import traceback
 from collections.abc import Iterable
-from concurrent import futures
 from typing import Any
 
 import jax
@@ -30,28 +29,27 @@ QUICK = (
 )
 
 
-def one(name: str, case: Case) -> dict[str, Any]:
-    """The row of one call."""
+def one(call: tuple[str, Case]) -> dict[str, Any]:
+    """The row of one call: an implementation and a case."""
+    name, case = call
     row = {"op": case.op, "implementation": name}
     try:
         found = numerics.check(name, case)
     except Exception as error:  # whatever a compiler or a device raises fails this call, and the others are still run
         verdict = f"FAILED, {type(error).__name__}: {str(error).splitlines()[0]}"
-        return row | {"case": str(case), "passed": False, "verdict": verdict}
+        return row | {"case": str(case), "passed": False, "verdict": verdict, "traceback": traceback.format_exc()[-4000:]}
     worst = max(x["error"] / x["allowed"] for x in found.values() if isinstance(x, dict))
     return row | found | {"verdict": f"{'passed' if found['passed'] else 'FAILED'}, worst error {worst:.2f} of the allowed"}
 
 
-def measure(calls: Iterable[tuple[str, Case]], out: str, facts: dict[str, Any]) -> list[dict[str, Any]]:
+def measure(calls: Iterable[tuple[str, Case]], out: str, facts: dict[str, Any], jobs: int) -> list[dict[str, Any]]:
     """One row for each call; written after each, those in `out` taken over."""
     rows = cards.resumed(out)
     done = {(row["implementation"], row["case"]) for row in rows}
-    with futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        running = [pool.submit(one, name, case) for name, case in calls if (name, str(case)) not in done]
-        for future in futures.as_completed(running):
-            rows.append(row := future.result())
-            harness.write(out, rows, **facts)
-            print(f"{row['implementation']} {row['case']}: {row['verdict']}", flush=True)
+    for row in cards.spread(one, [(name, case) for name, case in calls if (name, str(case)) not in done], jobs):
+        rows.append(row)
+        harness.write(out, rows, **facts)
+        print(f"{row['implementation']} {row['case']}: {row['verdict']}", flush=True)
     return rows
 
 
@@ -60,6 +58,7 @@ def main() -> None:
     parser.add_argument("--ops", nargs="+", default=list(KERNELS), choices=KERNELS)
     parser.add_argument("--quick", action="store_true", help="three small calls")
     parser.add_argument("--commit", action="store_true", help="write kernels/numerics/<device>.json; on a GPU only")
+    parser.add_argument("--jobs", type=int, default=1, help="processes, which compile at the same time")
     parser.add_argument("--out", help="figures of each call; by default results/<device>/scan_numerics.json")
     args = parser.parse_args()
     on_gpu = jax.default_backend() == "gpu"
@@ -69,7 +68,7 @@ def main() -> None:
     facts = {"device": devices.here(), "assembler": cards.assembler()}
     cases = [case for case in (QUICK if args.quick else numerics.table()) if case.op in args.ops]
     names = {op: [name for name in KERNELS[op] if on_gpu or name == "portable"] for op in args.ops}
-    rows = measure([(name, case) for case in cases for name in names[case.op]], out, facts)
+    rows = measure([(name, case) for case in cases for name in names[case.op]], out, facts, args.jobs)
     for op in args.ops:
         found = {name: [row["passed"] for row in rows if (row["op"], row["implementation"]) == (op, name)] for name in names[op]}
         print(op, {name: all(passed) for name, passed in found.items()})

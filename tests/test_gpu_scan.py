@@ -34,11 +34,14 @@ def test_the_benchmark_writes_after_each_case_and_resumes(tmp_path, monkeypatch,
     assert json.loads(out.read_text())["rows"] == rows
 
 
-def test_states_kept_are_counted_for_the_backward_pass_alone():
+def test_states_kept_are_counted_for_the_backward_pass_alone(monkeypatch):
     case = gpu_scan.CASES[0]
-    times = {"chunked": lambda: jnp.zeros(())}
-    facts = {"bandwidth": 1.0, "megabytes": {"chunked": 1.0}, "left out": {}}
-    rows = [gpu_scan._row(case, which, times, {"chunked": 2.0}, 10**9, facts, 1) for which in ("forward", "backward")]
+    found = gpu_scan.Found(1.0, {"forward": 10**9, "backward": 10**9}, {})
+    programs = gpu_scan.Programs(*[lambda *_: (jnp.zeros(()), None)] * 3)
+    monkeypatch.setattr(gpu_scan, "_first", lambda run: 2.0)
+    monkeypatch.setattr(gpu_scan.Programs, "megabytes", lambda programs: 1.0)
+    found.start("chunked", programs, None, None)
+    rows = [found.row(case, which, 1) for which in ("forward", "backward")]
     found = [row["contestants"]["chunked"] for row in rows]
     assert [x["timed"] for x in found] == [1, 1]  # two seconds are slow
     kept = 4 * case.batch * case.length // 32 * case.channels * case.states
@@ -53,7 +56,7 @@ def test_numerics_find_a_wrong_gradient_and_runs_that_differ(monkeypatch, quick_
     monkeypatch.setitem(numerics.OPS["linear_scan"].implementations, "chunked", wrong)
     found = numerics.check("chunked", case)
     assert not found["passed"] and found["repeats"] and not found["da"]["passed"] and not found["y"]["passed"]
-    row = scan_numerics.one("no such", case)
+    row = scan_numerics.one(("no such", case))
     assert not row["passed"] and "ValueError" in row["verdict"]
 
 
@@ -87,9 +90,10 @@ def test_a_kernel_becomes_the_default_where_it_is_right_and_was_measured(folder)
 
 
 def test_the_order_is_that_of_both_passes_of_the_first_case():
-    def row(op, which, **ms):
-        return {"op": op, "pass": which, "contestants": {name: {"ms": value} for name, value in ms.items()}}
+    def row(case, which, **ms):
+        return case._asdict() | {"pass": which, "contestants": {name: {"ms": value} for name, value in ms.items()}}
 
-    rows = [row("ssd", "forward", chunked=3.0, triton=1.0), row("ssd", "backward", chunked=5.0, triton=4.0)]
-    rows += [row("ssd", "forward", chunked=1.0, triton=9.0), row("ssd", "backward", chunked=1.0, triton=9.0)]
+    first, second = [case for case in gpu_scan.CASES if case.op == "ssd"]
+    rows = [row(second, "forward", chunked=1.0, triton=9.0), row(second, "backward", chunked=1.0, triton=9.0)]
+    rows += [row(first, "forward", chunked=3.0, triton=1.0), row(first, "backward", chunked=5.0, triton=4.0)]
     assert gpu_scan.fastest(rows) == {"ssd": ["triton", "chunked"]}
