@@ -44,24 +44,37 @@ def resumed(out: str | None) -> list[dict[str, Any]]:
     return json.loads(path.read_text())["rows"] if path and path.exists() else []
 
 
-def spread(function: Callable[[Any], Any], items: Iterable[Any], jobs: int) -> Iterator[Any]:
+def spread(function: Callable[[Any], Any], items: Iterable[Any], jobs: int, each: int = 10) -> Iterator[Any]:
     """`function` of each item, in the order in which they are done, by so many processes, since compiling takes most of the time.
 
-    A process is replaced after ten items, lest an error that it cannot recover from, as of a kernel that reads where it must not,
-    fails all that it would have been given.
+    A process is replaced after `each` items, lest an error that it cannot recover from, as of a kernel that reads where it must
+    not, fails all that it would have been given; after one, so that it gives the device's memory back.
     """
     if jobs == 1:
         yield from map(function, items)
         return
-    with multiprocessing.get_context("spawn").Pool(jobs, maxtasksperchild=10) as pool:
+    with multiprocessing.get_context("spawn").Pool(jobs, maxtasksperchild=each) as pool:
         yield from pool.imap_unordered(function, items)
 
 
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
-    """While one process of those that `spread` made times something, the others time nothing."""
+    """While one process of those that `spread` made times something, the others time nothing, and are not in `compiling`."""
+    with _lock(fcntl.LOCK_EX):
+        yield
+
+
+@contextlib.contextmanager
+def compiling() -> Iterator[None]:
+    """What compiles at the same time as others do, and while nobody is timed: XLA tries matrix products out on the device."""
+    with _lock(fcntl.LOCK_SH):
+        yield
+
+
+@contextlib.contextmanager
+def _lock(kind: int) -> Iterator[None]:
     with open(pathlib.Path(tempfile.gettempdir()) / "efficient-attn-timing.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        fcntl.flock(lock, kind)
         yield
 
 

@@ -177,7 +177,7 @@ def measure(args: argparse.Namespace, bandwidth: float, case: Case) -> list[dict
     cotangent = jax.random.normal(jax.random.key(1), y.shape, y.dtype)
     reasons = {name: _why_not(args, op, name, case, arrays) for name in op.implementations}
     able = [name for name, reason in reasons.items() if reason is None]
-    with futures.ThreadPoolExecutor(max(1, len(able))) as pool:
+    with cards.compiling(), futures.ThreadPoolExecutor(max(1, len(able))) as pool:
         pending = {name: pool.submit(compiled, op, name, arrays, cotangent) for name in able}
     found = Found(bandwidth, _io(arrays, cotangent), reasons)
     with cards.alone():
@@ -313,7 +313,7 @@ def main() -> None:
     rows = cards.resumed(out)
     done = [Case(*(row[field] for field in Case._fields)) for row in rows]
     cases = [case for case in (QUICK if args.quick else CASES) if case.op in args.ops and case not in done]
-    for measured in cards.spread(functools.partial(measure, args, facts["bandwidth"]), cases, args.jobs):
+    for measured in cards.spread(functools.partial(measure, args, facts["bandwidth"]), cases, args.jobs, each=1):
         rows += measured
         harness.write(out, rows, **facts)
         print("\n".join(map(line, measured)), f"\n  after {time.perf_counter() - start:.0f} s", flush=True)
