@@ -11,6 +11,7 @@ from kernels.attention import chunked, library, masks, mosaic, portable, referen
 from kernels.attention.biases import Bias
 from kernels.attention.call import Call, check_scores, spec_of
 from kernels.attention.dropout import Dropout
+from kernels.attention.mosaic import decode
 from kernels.dispatch import Choice, Implementation, anything, choose, shown
 
 Segments = Int[Array, "B L"] | tuple[Int[Array, "B L"], Int[Array, "B S"]]
@@ -28,13 +29,14 @@ IMPLEMENTATIONS = {
     "reference": Implementation(reference.attend, anything, "dense float32: the specification, memory O(L S)"),
     "chunked": Implementation(chunked.attend, anything, "XLA, lazy softmax over tiles, memory O(L)"),
     "portable": Implementation(portable.attend, portable.why_not, "Pallas kernels, compiled on a GPU and interpreted on a CPU"),
+    "decode": Implementation(decode.attend, decode.why_not, "a Pallas Mosaic GPU kernel for Hopper, few queries to many keys"),
     "mosaic": Implementation(mosaic.attend, mosaic.why_not, "Pallas Mosaic GPU kernels for Hopper, interpreted on a CPU"),
     "xla": Implementation(library.attend_xla, library.why_not_xla, "jax.nn.dot_product_attention, memory O(L S)"),
     "cudnn": Implementation(library.attend_cudnn, library.why_not_cudnn, "jax.nn.dot_product_attention in cuDNN, fused"),
 }
 PREFERENCE = ("ring", "chunked", "reference")
 GPU_KERNELS = ("mosaic", "portable")
-"""From the fastest: what follows `ring` on a GPU, each where its numerics have been checked on such a device."""
+"""From the fastest: what follows `ring` and `decode` on a GPU, each where its numerics have been checked on such a device."""
 
 
 def attend(
@@ -127,7 +129,7 @@ def preference(platform: str) -> tuple[str, ...]:
     if platform != "gpu":
         return PREFERENCE
     checked = devices.verified("attend", devices.here())
-    return (*PREFERENCE[:1], *(name for name in GPU_KERNELS if name in checked), *PREFERENCE[1:])
+    return (*PREFERENCE[:1], *(name for name in ("decode", *GPU_KERNELS) if name in checked), *PREFERENCE[1:])
 
 
 def _call(q, k, v, bias, segment_ids, q_positions, kv_positions, dropout, *, mask, softcap, scale) -> Call:

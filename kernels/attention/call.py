@@ -67,8 +67,8 @@ class Spec:
 
     `bias` is the name of its class, `bias_gathers` whether its rule indexes arrays, `bias_by_distance` as `Bias.by_distance`,
     and `bias_whole_axes` the lengths of its arrays' axes that a tile takes whole; `bias_pairs`, whether one of them has an axis
-    of queries and one of keys; `traced_positions`, that positions were given; `sequence_shards`, over how many devices the mesh
-    spreads a sequence.
+    of queries and one of keys; `traced_positions`, that positions were given, `traced_kv_positions`, those of keys;
+    `sequence_shards`, over how many devices the mesh spreads a sequence.
     """
 
     batch: int
@@ -92,6 +92,7 @@ class Spec:
     bias_pairs: bool = False
     bias_by_distance: bool = False
     sequence_shards: int = 1
+    traced_kv_positions: bool = False
 
 
 def spec_of(call: Call, return_lse: bool, platform: str) -> Spec:
@@ -119,6 +120,7 @@ def spec_of(call: Call, return_lse: bool, platform: str) -> Spec:
         bias_pairs=call.bias is not None and _holds_pairs(call.bias),
         bias_by_distance=call.bias is not None and call.bias.by_distance,
         sequence_shards=mesh.shards(mesh.SEQ),
+        traced_kv_positions=call.kv_positions is not None,
     )
 
 

@@ -22,12 +22,25 @@ def merge(parts: Sequence[Part]) -> Part:
     shapes = {(out.shape, lse.shape) for out, lse in parts}
     if len(shapes) != 1:
         raise ValueError(f"merge: parts of shapes {sorted(shapes)}; give at least one, all of one shape")
-    lse = jnp.stack([lse for _, lse in parts])
+    weights, lse = _weights(jnp.stack([lse for _, lse in parts]))
+    out = sum(weight[..., None] * part.astype(lse.dtype) for weight, (part, _) in zip(weights, parts))
+    return out.astype(parts[0][0].dtype), lse
+
+
+def merge_stacked(
+    out: Float[Array, "P *rows Dv"], lse: Float[Array, "P *rows"]
+) -> tuple[Float[Array, "*rows Dv"], Float[Array, "*rows"]]:
+    """The same of P parts in one array each."""
+    weights, whole = _weights(lse)
+    return (weights[..., None] * out).sum(axis=0), whole
+
+
+def _weights(lse: Float[Array, "P *rows"]) -> tuple[Float[Array, "P *rows"], Float[Array, "*rows"]]:
+    """What each part's output counts, and the log-sum-exp of all parts."""
     top = lax.stop_gradient(lse.max(axis=0))
     top = jnp.where(top == -jnp.inf, 0, top)
     weights = jnp.exp(lse - top[None])
     total = weights.sum(axis=0)
     is_empty = total == 0
     total = jnp.where(is_empty, 1, total)
-    out = sum((weight / total)[..., None] * part.astype(lse.dtype) for weight, (part, _) in zip(weights, parts))
-    return out.astype(parts[0][0].dtype), jnp.where(is_empty, -jnp.inf, top + jnp.log(total))
+    return weights / total[None], jnp.where(is_empty, -jnp.inf, top + jnp.log(total))

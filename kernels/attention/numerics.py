@@ -16,6 +16,7 @@ import numpy as np
 
 from kernels.attention import biases, masks, reference
 from kernels.attention.call import Call, Spans, transform_scores
+from kernels.attention.mosaic.decode import limits
 
 OPERANDS = ("q", "k", "v", "bias")
 
@@ -53,7 +54,8 @@ BIASES = {
 class Case:
     """One call; `mask` and `bias` are keys of `MASKS` and `BIASES`, `documents` how many are packed, 0 for no segment ids.
 
-    positions: queries and keys are dealt out, as in a ring of two devices: the odd positions of twice as many.
+    positions: queries and keys are dealt out, as in a ring of two devices: the odd positions of twice as many. ragged: the last
+    query stands elsewhere in each row of the batch, from before the first key to the last key.
     """
 
     L: int
@@ -68,6 +70,7 @@ class Case:
     documents: int = 0
     bias: str | None = None
     positions: bool = False
+    ragged: bool = False
 
     def __str__(self) -> str:
         given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name) != f.default}
@@ -81,6 +84,9 @@ class Case:
         ids = [self._ids(self.L), self._ids(self.S)] if self.documents else [None, None]
         bias = None if self.bias is None else BIASES[self.bias](self.H, self.L, self.S)
         positions = [1 + 2 * jnp.arange(n)[None] for n in (self.L, self.S)] if self.positions else [None, None]
+        if self.ragged:
+            last = jnp.arange(self.B)[:, None] * self.S // max(1, self.B - 1) - 1
+            positions = [last + jnp.arange(1 - self.L, 1)[None], None]
         spans = Spans(jnp.int32(1), (((0, 2), (0, 2)), ((1, 2), (1, 2)))) if self.positions else None
         arrays = q, k, v, bias, *ids, *positions, None, spans
         return Call(*arrays, mask=MASKS[self.mask], softcap=self.softcap, scale=self.D**-0.5)
@@ -114,6 +120,45 @@ def table() -> Iterator[Case]:
         yield Case(L, S, D, mask)
 
 
+def decode_table() -> Iterator[Case]:
+    """What is run on a card of kernels for few queries: every number of rows and of splits, ragged rows, types, soft-cap."""
+    for D in (64, 128, 256):
+        yield from (Case(1, S, D, "causal", B=5, H=8, G=2, ragged=True) for S in (64, 8192))
+        yield Case(1, 4096, D, "full", B=2, H=4, G=4)
+        yield Case(1, 4096, D, "causal", B=3, H=64, G=1, ragged=True)
+        yield Case(1, 2048, D, "causal", B=40, H=16, G=8, ragged=True)
+        yield Case(1, 1024, D, "causal", dtype="float16", B=3, H=6, G=2, ragged=True)
+        yield Case(1, 1024, D, "causal", softcap=15.0, B=3, H=4, G=1, ragged=True)
+    yield Case(1, 65536, 128, "causal", B=1, H=8, G=1)
+
+
+def chunk_table() -> Iterator[Case]:
+    """Those with several queries of each sequence."""
+    for D in (64, 128, 256):
+        yield from (Case(L, S, D, "causal", B=3, H=8, G=2, ragged=True) for L, S in ((5, 1024), (16, 2048)))
+        yield Case(2, 64, D, "full", H=4, G=1)
+
+
+def in_blocks(run: Callable[..., tuple[jax.Array, jax.Array]], block_size: int) -> Run:
+    """A function of `paged.attend`'s arrays as one of calls with one query: NaNs in blocks beyond a row's length."""
+
+    def of_call(call: Call) -> tuple[jax.Array, jax.Array]:
+        (B, S, G, D), seen = call.k.shape, limits(call)
+        shape = B, S // block_size, block_size, G, D
+        tables = jax.random.permutation(jax.random.key(3), shape[0] * shape[1])
+        is_key = (jnp.arange(S)[None] < seen)[..., None, None]
+
+        def pool(x):
+            blocks = jnp.where(is_key, x, jnp.nan).reshape(shape[0] * shape[1], block_size, G, D)
+            return jnp.moveaxis(jnp.zeros_like(blocks).at[tables].set(blocks), 2, 0)
+
+        options = {"softcap": call.softcap, "scale": call.scale}
+        out, lse = run(call.q[:, 0], pool(call.k), pool(call.v), tables.reshape(shape[:2]), seen[:, 0], **options)
+        return out[:, None], lse[:, None]
+
+    return of_call
+
+
 def dense(call: Call) -> tuple[jax.Array, jax.Array]:
     """Attention with every score in memory, products and weights rounded to the type of the arguments."""
     groups = call.q.shape[2] // call.k.shape[2]
@@ -131,20 +176,27 @@ def dense(call: Call) -> tuple[jax.Array, jax.Array]:
     return out, jnp.moveaxis(lse, 1, 2)
 
 
-def check(run: Run, case: Case, runs: int = 2) -> dict[str, Any]:
+def check(run: Run, case: Case, runs: int = 2, forward_only: bool = False) -> dict[str, Any]:
     """For each result its error and the one allowed; `repeats`: all runs gave the same bits; `passed`: all is well."""
-    call, cotangents = case.call(), case.cotangents()
-    step = jax.jit(functools.partial(_results, run))
+    call, cotangents, names = case.call(), case.cotangents(), ALLOWED
+    results_of = _results
+    if forward_only:
+        names, results_of = ("out", "lse"), _forward
+    step = jax.jit(functools.partial(results_of, run))
     ours, *more = (jax.tree.map(np.asarray, step(call, *cotangents)) for _ in range(runs))
     exact = dataclasses.replace(
         call, spans=None, q=call.q.astype(jnp.float32), k=call.k.astype(jnp.float32), v=call.v.astype(jnp.float32)
     )
     with jax.default_matmul_precision("highest"):
-        truth = jax.jit(functools.partial(_results, reference.attend))(exact, *cotangents)
-    rounded = jax.jit(functools.partial(_results, dense))(call, *cotangents)
-    results = {name: _compare(name, ours[name], truth[name], rounded[name]) for name in ALLOWED}
-    repeats = all(np.array_equal(ours[name], again[name], equal_nan=True) for again in more for name in ALLOWED)
+        truth = jax.jit(functools.partial(results_of, reference.attend))(exact, *cotangents)
+    rounded = jax.jit(functools.partial(results_of, dense))(call, *cotangents)
+    results = {name: _compare(name, ours[name], truth[name], rounded[name]) for name in names}
+    repeats = all(np.array_equal(ours[name], again[name], equal_nan=True) for again in more for name in names)
     return {"case": str(case), "repeats": repeats, "passed": repeats and all(x["passed"] for x in results.values()), **results}
+
+
+def _forward(run: Run, call: Call, *cotangents: jax.Array) -> dict[str, jax.Array]:
+    return dict(zip(("out", "lse"), run(call)))
 
 
 def _results(run: Run, call: Call, dout: jax.Array, dlse: jax.Array) -> dict[str, jax.Array]:

@@ -13,9 +13,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Bool, Float, Int
 
-from kernels import compat
+from kernels import compat, devices
 from kernels.attention.call import check_scores, statistics_dtype
 from kernels.attention.merge import merge
+from kernels.attention.mosaic import decode
 from kernels.attention.portable.tile import dot
 from kernels.attention.portable.tiling import power_of_two
 from kernels.dispatch import Choice, Implementation, anything, choose
@@ -80,7 +81,7 @@ def explain(q, k_blocks, v_blocks, tables, *, implementation: str | None = None)
     """Which implementation `attend` would run for these arguments (arrays or `jax.ShapeDtypeStruct`s), and why."""
     (B, H, D), (G, _, n, _) = q.shape, k_blocks.shape
     spec = Spec(B, H, G, D, v_blocks.shape[3], n, tables.shape[1], str(q.dtype), jax.default_backend())
-    return choose("paged.attend", IMPLEMENTATIONS, PREFERENCE, spec, implementation)
+    return choose("paged.attend", IMPLEMENTATIONS, preference(spec.platform), spec, implementation)
 
 
 def gather(
@@ -230,8 +231,19 @@ def why_not(spec: Spec) -> str | None:
 IMPLEMENTATIONS = {
     "reference": Implementation(reference, anything, "XLA: keys and values gathered by the tables, then dense scores"),
     "portable": Implementation(portable, why_not, "a Pallas kernel that reads blocks in place, interpreted on a CPU"),
+    "mosaic": Implementation(
+        decode.attend_blocks, decode.why_not_blocks, "a Pallas Mosaic GPU kernel for Hopper, interpreted on a CPU"
+    ),
 }
 PREFERENCE = ("reference",)
+GPU_KERNELS = ("mosaic", "portable")
+"""From the fastest: what comes first on a GPU, each where its numerics have been checked on such a device."""
+
+
+def preference(platform: str) -> tuple[str, ...]:
+    """The implementations that may run without being asked for, from the fastest."""
+    checked = devices.verified("paged.attend", devices.here()) if platform == "gpu" else ()
+    return (*(name for name in GPU_KERNELS if name in checked), *PREFERENCE)
 
 
 def _check(q, k_blocks, v_blocks, tables, lengths) -> None:

@@ -7,10 +7,10 @@ import sys
 from typing import Any
 
 from kernels import offline
-from kernels.offline import attention, mosaic, paged, scan
+from kernels.offline import attention, decode, mosaic, paged, scan
 from kernels.offline.compiler import environment
 
-OPS = {"attention": attention, "mosaic": mosaic, "paged": paged, "scan": scan}
+OPS = {"attention": attention, "decode": decode, "mosaic": mosaic, "paged": paged, "scan": scan}
 
 
 def main() -> None:

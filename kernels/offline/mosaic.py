@@ -118,13 +118,18 @@ def call_of(q, k, v, mask: str) -> Call:
 
 
 def compile_figures(kernel: Kernel, length: int = LENGTH) -> dict[str, int]:
-    """What XLA and ptxas make of a kernel for an H200. Needs JAX's CUDA plug-in and Triton's wheel, which carries a ptxas."""
+    """What XLA and ptxas make of a kernel for an H200."""
+    return figures_of(lambda sharding: lower(kernel, length, sharding))
+
+
+def figures_of(lower: Callable[[Any], jax.stages.Lowered]) -> dict[str, int]:
+    """The same of a program with one kernel, lowered with a sharding. Needs JAX's CUDA plug-in and Triton's wheel, for ptxas."""
     mesh = h200()
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     with tempfile.TemporaryDirectory() as cuda, _dumped() as folder, jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         link_cuda(pathlib.Path(cuda))
         options = {"xla_gpu_cuda_data_dir": cuda, "xla_gpu_autotune_level": 0}
-        lower(kernel, length, sharding).compile(compiler_options=options)
+        lower(sharding).compile(compiler_options=options)
         [assembler], [passes], [ptx] = (list(folder.glob(f"*{end}")) for end in (".ptxas", ".mlir-passes.log", ".ptx"))
         return _figures(assembler.read_text(), passes.read_text(), ptx.read_text())
 

@@ -33,7 +33,7 @@ from kernels.attention.masks import (
     random_blocks,
 )
 
-TESTED_APART = frozenset({"cudnn", "mosaic", "ring"})
+TESTED_APART = frozenset({"cudnn", "decode", "mosaic", "ring"})
 """Implementations that take no float32, or need a mesh, and have tests of their own."""
 
 SMALL_TILES = tiles.TileSizes((8, 16), (8, 16), keys=32, scores=1024, visit_overhead=100, gather_overhead=1, block_overhead=1)

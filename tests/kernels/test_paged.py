@@ -13,10 +13,12 @@ from kernels.offline import paged as offline
 from kernels.offline.compiler import triton_calls
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
+FLOAT32 = ("reference", "portable")
+"""Implementations that take it; the other is in test_decode.py."""
 attend_paged = jax.jit(paged.attend, static_argnames=("softcap", "scale", "return_lse", "implementation"))
 
 
-@pytest.mark.parametrize("name", paged.IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", FLOAT32)
 def test_oracle(oracle_dir, name):
     """torch's attention over the pages of each sequence; there [pages, page, H, D], and -1 for no page."""
     arrays = {name: jnp.asarray(x) for name, x in np.load(oracle_dir / "sdpa_flash_paged.npz").items()}
@@ -40,7 +42,7 @@ def example(seed: int, lengths, *, H=4, G=2, D=16, n=4, dtype=jnp.float32):
     return (jnp.asarray(q, dtype), *pools, jnp.asarray(tables), jnp.asarray(lengths)), [jnp.asarray(x, dtype) for x in (k, v)]
 
 
-@pytest.mark.parametrize("name", paged.IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", FLOAT32)
 @pytest.mark.parametrize("options", [{}, dict(softcap=2.0, scale=0.3)], ids=["plain", "soft-cap"])
 def test_equals_attention_to_contiguous_keys(name, options):
     args, (k, v) = example(0, [1, 2, 63, 65, 16])
@@ -69,7 +71,7 @@ def test_any_split_of_the_keys(splits, sizes):
 def test_bfloat16_follows_float32():
     args, _ = example(2, [65, 7], dtype=jnp.bfloat16)
     exact = paged.attend(*(x.astype(jnp.float32) for x in args[:3]), *args[3:])
-    for name in paged.IMPLEMENTATIONS:
+    for name in FLOAT32:
         out = attend_paged(*args, implementation=name)
         assert out.dtype == jnp.bfloat16
         np.testing.assert_allclose(out.astype(jnp.float32), exact, atol=2e-2)

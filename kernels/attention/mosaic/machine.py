@@ -5,6 +5,9 @@ softmax. These few operations alone come in two forms, because the interpreter h
 JAX 0.10 no transposed reference, and no layouts. So what interpretation leaves unproven is here: wgmma itself and its layouts.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -53,6 +56,13 @@ class Hopper:
         """total + a b, for a in registers and b a reference to shared memory."""
         return pl.run_state(lambda ref: plgpu.wgmma(ref, a, b))(plgpu.ACC.init(total))
 
+    copiers = 4
+    """The warps of a warpgroup."""
+
+    def copy_by_share(self, work: Callable[[Any], None]) -> None:
+        """Run `work(number)` in each warp by itself: many small copies start sooner than if all warps started each."""
+        plgpu.warp_map(work)
+
     def registers(self, number: int, action: str) -> None:
         """Set how many registers each thread of this warpgroup may have."""
         plgpu.set_max_registers(number, action=action)
@@ -81,6 +91,11 @@ class Interpreted:
 
     def add_product(self, total, a, b):
         return total + _dot(a, b[...], 0)
+
+    copiers = 1
+
+    def copy_by_share(self, work):
+        work(0)
 
     def registers(self, number, action):
         pass

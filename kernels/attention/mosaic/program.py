@@ -19,6 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels import compat
 from kernels.attention.call import Call
+from kernels.attention.mosaic.decode import Cut
 from kernels.attention.mosaic.operands import Added
 from kernels.attention.mosaic.tiling import REGISTERS, Tiling
 from kernels.attention.portable.lists import Lists
@@ -175,7 +176,7 @@ def walk(listed: Lists, head, line, visit: Callable, state):
     return state
 
 
-def run_roles(machine, tiling: Tiling, produce: Callable[[], None], consume: Callable[[Any], None]) -> None:
+def run_roles(machine, tiling: Tiling | Cut, produce: Callable[[], None], consume: Callable[[Any], None]) -> None:
     """Each warpgroup's part: `consume(number of the consumer)` or, the last one, `produce()`."""
     consumers = tiling.blocks.consumers
     warpgroup = lax.axis_index("warpgroup")
@@ -194,8 +195,13 @@ def run_roles(machine, tiling: Tiling, produce: Callable[[], None], consume: Cal
         produce()
 
 
-def launch(kernel: Callable, name: str, tiling: Tiling, grid: dict[str, int], out: Sequence, scratch: Sequence, *operands):
-    """Run `kernel(operands, outputs, scratch)`, of references, at every point of `grid`; operands may be pytrees."""
+def launch(
+    kernel: Callable, name: str, tiling: Tiling | Cut, grid: dict[str, int], out: Sequence, scratch: Sequence, *operands, **params
+):  # fmt: skip
+    """Run `kernel(operands, outputs, scratch)`, of references, at every point of `grid`; operands may be pytrees.
+
+    params: of Mosaic's compiler.
+    """
     leaves, structure = jax.tree.flatten(operands)
 
     def body(*refs):
@@ -210,7 +216,7 @@ def launch(kernel: Callable, name: str, tiling: Tiling, grid: dict[str, int], ou
         grid_names=tuple(grid),
         num_threads=tiling.blocks.consumers + 1,
         thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        compiler_params=plgpu.CompilerParams(approx_math=True, **params),
         interpret=compat.mosaic_interpreter() if tiling.interpret else None,
         kernel_name=f"attention_{name}",
     )
