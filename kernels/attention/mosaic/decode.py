@@ -127,11 +127,7 @@ def attend(call: Call, options: Options = Options()) -> tuple[Float[Array, "B L 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(options: Options, call: Call):
-    from kernels.attention.mosaic.decode_kernel import InRows
-
-    _, S, G, _ = call.k.shape
-    cache = InRows(call.k, call.v)
-    return run(options, call.q, limits(call), cache, kv_heads=G, slots=S, softcap=call.softcap, scale=call.scale)
+    return attend_rows(call.q, call.k, call.v, limits(call), softcap=call.softcap, scale=call.scale, options=options)
 
 
 def _attend_forward(options: Options, call: Call):
@@ -153,6 +149,14 @@ def limits(call: Call) -> Int[Array, "B L"]:
         return jnp.full((B, L), S, jnp.int32)
     last = jnp.arange(S - L, S)[None] if call.q_positions is None else call.q_positions
     return jnp.broadcast_to(jnp.clip(last, -1, S - 1).astype(jnp.int32) + 1, (B, L))
+
+
+def attend_rows(q, k, v, seen: Int[Array, "B L"], *, softcap: float | None, scale: float, options: Options = Options()):
+    """out and lse [B, L, H] where token l of a sequence sees its first seen[:, l] keys."""
+    from kernels.attention.mosaic.decode_kernel import InRows
+
+    _, S, G, _ = k.shape
+    return run(options, q, seen, InRows(k, v), kv_heads=G, slots=S, softcap=softcap, scale=scale)
 
 
 def attend_blocks(

@@ -1,0 +1,185 @@
+"""Decoding on the device that is here: one query a sequence against 2 GB of keys and values, in a row and in blocks.
+
+    python -m benchmarks.gpu_decode                             everything; results/<device>/decode.json, about a minute
+    python -m benchmarks.gpu_decode --only "D=128"              cases whose name has these words
+    python -m benchmarks.gpu_decode --blocks 64,4,2 128,2,2     also with these keys of a tile, stages and consumers
+    python -m benchmarks.gpu_decode --quick                     a small form on any device
+
+Reading keys and values is all the work, so a contestant's figure is their bytes by its time, beside what two reductions over the
+same arrays and a copy (of what it reads and writes) reach in the same turns: `of read` is its share of the better reduction. A
+contestant that cannot run is in the row with its reason. Written after each row; the same command goes on where it stopped.
+Numerics first: `python -m benchmarks.decode_numerics`.
+"""
+
+import argparse
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks import cards, gpu_peers, harness
+from kernels import devices
+from kernels.attention import paged
+from kernels.attention.mosaic import decode
+
+GROUP, TOKENS = 4, 2**19
+"""Query heads of a group; tokens whose 8 keys and values of size 128 are 2 GB."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """block_size 0: keys in a row. ragged: lengths from a half of `length` to all of it."""
+
+    head_size: int
+    batch: int
+    length: int
+    kv_heads: int = 8
+    block_size: int = 0
+    ragged: bool = False
+
+    def __str__(self) -> str:
+        where = f"blocks of {self.block_size}" if self.block_size else "in a row"
+        lengths = f"{self.length // 2} to {self.length}" if self.ragged else self.length
+        return f"D={self.head_size} B={self.batch} G={self.kv_heads} S={lengths} {where}"
+
+    def lengths(self) -> jax.Array:
+        return self.length - jnp.arange(self.batch) * (self.length // 2) // self.batch * self.ragged
+
+    def bytes(self) -> int:
+        """Of the keys and values that are seen, in bfloat16."""
+        return int(self.lengths().sum()) * self.kv_heads * self.head_size * 2 * 2
+
+    def operands(self) -> tuple[jax.Array, ...]:
+        """q [B, H, D], k and v [B, S, G, D], of which blocks are another view, lengths [B] and block tables [B, N]."""
+        B, S, G, D = self.batch, self.length, self.kv_heads, self.head_size
+        q = jax.random.normal(jax.random.key(0), (B, GROUP * G, D), jnp.bfloat16)
+        k, v = (x.reshape(B, S, G, D) for x in _numbers(B * S * G * D))
+        count = S // (self.block_size or S)
+        tables = jax.random.permutation(jax.random.key(3), B * count).reshape(B, count)
+        return q, k, v, self.lengths(), tables
+
+
+@functools.lru_cache(maxsize=1)
+def _numbers(size: int) -> tuple[jax.Array, jax.Array]:
+    def draw(key):
+        return (jax.random.bits(key, (size,), jnp.uint16).astype(jnp.float32) / 2**16 - 0.5).astype(jnp.bfloat16)
+
+    return jax.jit(draw)(jax.random.key(1)), jax.jit(draw)(jax.random.key(2))
+
+
+def cases(tokens: int) -> list[Case]:
+    """Arrays of the same bytes in each: many sequences, ragged ones, few long ones, other head sizes."""
+    return [
+        *(Case(128, 64, tokens // 64, block_size=n) for n in (16, 0, 64)),
+        *(Case(64, 64, tokens // 32, block_size=n) for n in (16, 0)),
+        Case(128, 64, tokens // 64, block_size=16, ragged=True),
+        *(Case(128, 4, tokens // 4, block_size=n) for n in (16, 0)),
+        *(Case(256, 64, tokens // 64, kv_heads=4, block_size=n) for n in (16, 0)),
+    ]
+
+
+def forms(case: Case, blocks: list[decode.Blocks]) -> dict[str, Callable]:
+    """Functions of `operands`: the bandwidth's, ours and the library's."""
+    found = {
+        "read": lambda q, k, v, *_: tuple(x.sum(dtype=jnp.float32) for x in (k, v)),
+        "read rows": lambda q, k, v, *_: tuple(x.reshape(-1, 4096).sum(axis=1, dtype=jnp.float32) for x in (k, v)),
+        "copy": lambda q, k, v, *_: (-k, -v),
+    }
+    if jax.default_backend() != "cpu":
+        found["mosaic"] = _of(case, decode.Options())
+        found |= {f"mosaic {','.join(map(str, x))}": _of(case, decode.Options(x)) for x in blocks}
+    if case.block_size:
+        return found | {f"paged {name}": _of(case, name) for name in ("reference", "portable")}
+    return found | {name: functools.partial(_library, name) for name in ("cudnn", "xla")}
+
+
+def _of(case: Case, which: decode.Options | str) -> Callable:
+    """Our kernel as the options cut it, or the implementation of `paged.attend` of that name."""
+    n, scale = case.block_size, case.head_size**-0.5
+
+    def in_a_row(q, k, v, lengths, tables):
+        return decode.attend_rows(q[:, None], k, v, lengths[:, None], softcap=None, scale=scale, options=which)
+
+    def in_blocks(q, k, v, lengths, tables):
+        pools = (x.reshape(case.kv_heads, -1, n, case.head_size) for x in (k, v))
+        if isinstance(which, str):
+            return paged.attend(q, *pools, tables, lengths, implementation=which)
+        return decode.attend_blocks(q, *pools, tables, lengths, softcap=None, scale=scale, options=which)
+
+    return in_blocks if n else in_a_row
+
+
+def _library(name: str, q, k, v, lengths, tables):
+    """JAX's own attention, told the lengths."""
+    seen = {"query_seq_lengths": jnp.ones(len(q), jnp.int32), "key_value_seq_lengths": lengths}
+    return jax.nn.dot_product_attention(q[:, None], k, v, implementation=name, **seen)
+
+
+def measure(case: Case, args: argparse.Namespace) -> dict[str, Any]:
+    """One row."""
+    arrays, runs, left_out = case.operands(), {}, {}
+    starts = {name: functools.partial(_compiled, form, arrays) for name, form in forms(case, args.blocks).items()}
+    if not case.block_size:
+        torch = functools.partial(gpu_peers.torch_decode, *arrays[:2])
+        starts |= {f"torch {backend}": functools.partial(torch, backend) for backend in ("flash", "efficient", "cudnn")}
+    for name, start in starts.items():
+        try:
+            runs[name] = start()
+            jax.block_until_ready(runs[name]())
+        except Exception as error:  # whatever a compiler or a device raises: the others are still measured
+            runs.pop(name, None)
+            left_out[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    return {"case": str(case), "bytes": case.bytes(), "contestants": _figures(case, runs, args), "left out": left_out}
+
+
+def _compiled(form: Callable, arrays: tuple) -> Callable[[], Any]:
+    step = jax.jit(form)
+    return lambda: step(*arrays)
+
+
+def _figures(case: Case, runs: dict[str, Callable], args: argparse.Namespace) -> dict[str, Any]:
+    times = {name: cards.median(ms) for name, ms in cards.turns(runs, args.repeats).items()}
+    whole = dataclasses.replace(case, ragged=False).bytes()
+    moved = dict.fromkeys(times, case.bytes()) | {"read": whole, "read rows": whole, "copy": 2 * whole}
+    found = {name: {"ms": ms, "GB/s": moved[name] / ms / 1e6} for name, ms in times.items()}
+    fastest = max(found[name]["GB/s"] for name in ("read", "read rows"))
+    return {name: figures | {"of read": figures["GB/s"] / fastest} for name, figures in found.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="cases whose name has these words")
+    parser.add_argument("--blocks", nargs="+", type=_blocks, default=[], help="keys of a tile, stages, consumers: 64,4,2")
+    parser.add_argument("--tokens", type=int, default=TOKENS)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="8192 tokens")
+    parser.add_argument("--out", help="by default results/<device>/decode.json")
+    args = parser.parse_args()
+    if args.quick:
+        args.tokens, args.repeats = 2**13, 1
+    out = args.out or f"results/{devices.slug(devices.here())}/decode.json"
+    facts = {"clocks": cards.clocks(), "assembler": cards.assembler(), "tokens": args.tokens}
+    rows = cards.resumed(out)
+    done = [row["case"] for row in rows]
+    for case in cases(args.tokens):
+        if str(case) in done or args.only not in str(case):
+            continue
+        rows.append(measure(case, args))
+        harness.write(out, rows, **facts)
+        print(_line(rows[-1]), flush=True)
+
+
+def _blocks(text: str) -> decode.Blocks:
+    return decode.Blocks(*map(int, text.split(",")))
+
+
+def _line(row: dict[str, Any]) -> str:
+    found = (f"{name} {x['ms']:.3g} ms {x['GB/s']:.4g} GB/s {x['of read']:.2f}" for name, x in row["contestants"].items())
+    return "; ".join([row["case"], *found, *(f"{name} left out: {why}" for name, why in row["left out"].items())])
+
+
+if __name__ == "__main__":
+    main()
