@@ -59,16 +59,14 @@ class InBlocks:
         return max(1, keys // self.k.shape[2])
 
     def places(self, b, start, keys: int) -> tuple:
-        """The blocks; what a table lists beyond a sequence's length may be anything, and is read as some block."""
-        (_, P, n, _), N = self.k.shape, self.tables.shape[1]
-        first = lax.div(start, jnp.int32(n))
-        entries = (jnp.minimum(first + i, N - 1) for i in range(self.pieces(keys)))
-        return tuple(jnp.clip(self.tables[b, entry], 0, P - 1) for entry in entries)
+        first = lax.div(start, jnp.int32(self.k.shape[2]))
+        return tuple(self.tables[b, jnp.minimum(first + i, self.tables.shape[1] - 1)] for i in range(self.pieces(keys)))
 
     def of(self, b, group, start, keys: int, places: tuple) -> list[tuple[Any, Any]]:
-        n = self.k.shape[2]
+        """What a table lists beyond a sequence's length may be anything, and is read as some block."""
+        _, P, n, _ = self.k.shape
         at = pl.ds(lax.rem(start, jnp.int32(n)), keys) if n > keys else pl.ds(0, n)
-        return [(self.k.at[group, place, at], self.v.at[group, place, at]) for place in places]
+        return [tuple(x.at[group, jnp.clip(place, 0, P - 1), at] for x in (self.k, self.v)) for place in places]
 
 
 def run(
@@ -80,8 +78,9 @@ def run(
     limits[:, l] keys.
     """
     (B, G, R, D), blocks = q.shape, cut.blocks
-    rows = jnp.pad(jnp.repeat(limits, cut.heads, axis=1), ((0, 0), (0, ROWS - cut.heads * limits.shape[1])))
+    of_rows = jnp.pad(jnp.repeat(limits, cut.heads, axis=1), ((0, 0), (0, ROWS - cut.heads * limits.shape[1])))
     bounds = jnp.stack([limits.min(axis=1), limits.max(axis=1)], axis=1)
+    rows = jnp.concatenate([of_rows, bounds, jnp.zeros_like(bounds)], axis=1)  # rows of whole 16 bytes, as TMA wants
     parts = cut.splits * blocks.consumers
     out = [jax.ShapeDtypeStruct((parts, B, G, R, D), jnp.float32), jax.ShapeDtypeStruct((parts, B, G, R), jnp.float32)]
     own = [matrix(ROWS, D, dtype=q.dtype), vector(ROWS, dtype=jnp.int32), plgpu.Barrier(num_arrivals=2)]
@@ -93,23 +92,23 @@ def run(
     results = [matrix(blocks.consumers, ROWS, D, dtype=jnp.float32), vector(blocks.consumers, ROWS)]
     grid = {"batch": B, "split": cut.splits, "head": G}
     kernel, scratch = functools.partial(_kernel, cut), [own, ring, results]
-    return tuple(launch(kernel, "decode", cut, grid, out, scratch, q, rows, bounds, cache, reduction_scratch_bytes=0))
+    return tuple(launch(kernel, "decode", cut, grid, out, scratch, q, rows, cache, reduction_scratch_bytes=0))
 
 
 def _kernel(cut: Cut, operands, outputs, scratch):
-    q, rows, bounds, cache = operands
+    q, rows, cache = operands
     (q_buffer, rows_buffer, loaded), ring, results = scratch[0], Ring(*scratch[1]), scratch[2]
     b, split, group = (lax.axis_index(name) for name in ("batch", "split", "head"))
     keys, stages, consumers = cut.blocks
     gpu = machine(cut.interpret)
-    fewest, most = bounds[b, 0], bounds[b, 1]
+    fewest, most = rows[b, ROWS], rows[b, ROWS + 1]
     tiles = lax.div(most + (keys - 1), jnp.int32(keys))
     start, end = (lax.div((split + i) * tiles, jnp.int32(cut.splits)) for i in range(2))
     untested = jnp.clip(lax.div(fewest, jnp.int32(keys)), start, end) - start
 
     def produce():
         plgpu.copy_gmem_to_smem(q.at[b, group], q_buffer.at[pl.ds(0, q.shape[2])], loaded)
-        plgpu.copy_gmem_to_smem(rows.at[b], rows_buffer, loaded)
+        plgpu.copy_gmem_to_smem(rows.at[b, pl.ds(0, ROWS)], rows_buffer, loaded)
 
         gpu.copy_by_share(functools.partial(_copy, cut, cache, ring, (b, group, start, end)))
 
