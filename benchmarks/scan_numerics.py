@@ -21,7 +21,7 @@ from kernels import devices
 from kernels.scan import numerics
 from kernels.scan.numerics import Case
 
-KERNELS = {"selective_scan": ("triton", "portable"), "linear_scan": ("portable",)}
+KERNELS = {"selective_scan": ("triton", "portable"), "ssd": ("triton",), "linear_scan": ("portable",)}
 QUICK = (
     Case("selective_scan", 5, channels=8, states=3, reset=True),
     Case("selective_scan", 1, "float32", channels=4, states=2, bare=True),

@@ -138,7 +138,7 @@ def compile_triton(call: TritonCall) -> dict[str, int]:
         return _figures(_compile(str(source), call.num_warps, call.num_stages))
 
 
-def compile_source(kernel, arrays: Sequence, constants: dict[str, Any], num_warps: int) -> dict[str, int]:
+def compile_source(kernel, arrays: Sequence, constants: dict[str, Any], num_warps: int, num_stages: int = 1) -> dict[str, int]:
     """The same of a kernel in Triton's language, for pointers to `arrays` (`jax.ShapeDtypeStruct`s), aligned as XLA's are."""
     from triton.compiler import ASTSource
 
@@ -146,7 +146,7 @@ def compile_source(kernel, arrays: Sequence, constants: dict[str, Any], num_warp
     signature = {name: POINTERS[str(x.dtype)] for name, x in zip(pointers, arrays, strict=True)}
     signature |= dict.fromkeys(constants, "constexpr")
     aligned = {(i,): [["tt.divisibility", 16]] for i in range(len(pointers))}
-    return _figures(_compile(ASTSource(kernel, signature, constants, aligned), num_warps, num_stages=1))
+    return _figures(_compile(ASTSource(kernel, signature, constants, aligned), num_warps, num_stages))
 
 
 def _compile(source, num_warps: int, num_stages: int):

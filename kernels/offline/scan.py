@@ -20,11 +20,11 @@ import jax.numpy as jnp
 
 from kernels import compat
 from kernels.offline.compiler import SHARED_BYTES, TritonCall, compile_source, compile_triton, requested_bytes, triton_calls
-from kernels.scan import portable, selective_blocks, selective_portable, triton
+from kernels.scan import portable, selective_blocks, selective_portable, ssd_triton, triton
 from kernels.scan.selective_blocks import Plan
 from kernels.scan.selective_reference import Inputs
 
-BATCH, LENGTH, CHANNELS = 8, 4096, 1536
+BATCH, LENGTH, CHANNELS, HEAD = 8, 4096, 1536, 64
 HOMES = {"portable": selective_portable, "triton": triton}
 """Where a selective scan's block table is."""
 
@@ -48,13 +48,14 @@ class Kernel:
 
 
 def kernels() -> Iterator[Kernel]:
-    """Both passes of the selective scan with every entry of the block table, and the linear scan, real and complex."""
+    """Both passes of the selective scan with every entry of the block table, SSD, and the linear scan, real and complex."""
     for name in ("forward", "backward"):
         for options in OPTIONS:
             yield from (Kernel(name, dtype, 16, options) for dtype in ("bfloat16", "float32"))
         yield from (Kernel(name, "bfloat16", states, "all") for states in selective_portable.BLOCKS if states != 16)
     for name, dtype in itertools.product(("forward", "backward"), ("bfloat16", "float32")):
         yield from (Kernel(name, dtype, states, "all", "triton") for states in triton.BLOCKS)
+    yield from (Kernel("ssd", "bfloat16", states, "all", "triton") for states in ssd_triton.SIZES)
     for dtype in ("float32", "complex64"):
         yield from (Kernel(name, dtype, 1, "bare") for name in ("linear", "linear, time-invariant"))
 
@@ -132,7 +133,9 @@ def traffic(kernel: Kernel, batch: int = BATCH, length: int = LENGTH) -> dict[st
 def report(kernel: Kernel, compiled: bool) -> dict[str, Any]:
     """One line of the table."""
     row = dataclasses.asdict(kernel)
-    if kernel.implementation == "triton":
+    if kernel.name == "ssd":
+        row |= _ssd_traffic(kernel) | {"requested": "not counted"}
+    elif kernel.implementation == "triton":
         row |= traffic(kernel) | {"requested": "not counted"}
     else:
         [call] = triton_calls(lower(kernel))
@@ -152,7 +155,9 @@ def problems(rows: list[dict]) -> list[str]:
             found.append(f"{name}: spills {row['spilled_bytes']} bytes")
         if row.get("shared_bytes", 0) > SHARED_BYTES:
             found.append(f"{name}: {row['shared_bytes']} bytes of shared memory, of {SHARED_BYTES}")
-        is_fused = not row["name"].startswith("linear") and row["states"] <= 16 and row["options"] != "bare"
+        if row["name"] == "ssd" and not row.get("tensor_core", 1):
+            found.append(f"{name}: no tensor-core instruction")
+        is_fused = row["name"] in ("forward", "backward") and row["states"] <= 16 and row["options"] != "bare"
         if is_fused and row["ratio"] > MOST_BYTES:
             found.append(f"{name}: moves {row['ratio']} times the ideal, more than {MOST_BYTES}")
     return found
@@ -160,14 +165,36 @@ def problems(rows: list[dict]) -> list[str]:
 
 def _source(kernel: Kernel) -> tuple:
     """The arguments of `compile_source` for a kernel in Triton's language."""
-    from kernels.scan import triton_kernels
+    from kernels.scan import ssd_triton_kernels, triton_kernels
 
+    if kernel.name == "ssd":
+        arrays, outputs, constants = ssd_triton.arguments(*_ssd_operands(kernel))
+        blocks = ssd_triton.blocks_of(HEAD, kernel.states)
+        return ssd_triton_kernels.forward, [*arrays, *outputs], constants, blocks.warps, blocks.stages
     plan = plan_of(kernel)
     if kernel.name == "forward":
         arrays, outputs, constants = triton.forward_arguments(plan, *arguments(kernel)[:2], with_states=True)
     else:
         arrays, outputs, constants = triton.backward_arguments(plan, *backward_arguments(kernel))
     return getattr(triton_kernels, kernel.name), [*arrays, *outputs], constants, plan.blocks.warps
+
+
+def _ssd_operands(kernel: Kernel) -> tuple:
+    """x, dt, log-decays, B, C, D, h0, of one group."""
+    time, heads, N = (BATCH, LENGTH, 1), CHANNELS // HEAD, kernel.states
+    in_time = [jax.ShapeDtypeStruct((*time, *rest), kernel.dtype) for rest in ((heads, HEAD), (N,))]
+    steps, skip, h0 = (jax.ShapeDtypeStruct(s, "float32") for s in ((*time, heads), (1, heads), (BATCH, 1, heads, HEAD, N)))
+    return in_time[0], steps, steps, in_time[1], in_time[1], skip, h0
+
+
+def _ssd_traffic(kernel: Kernel) -> dict[str, int]:
+    """No state but the first and the last; B and C, and the steps of a head, once for each program that needs them."""
+    x, steps, _, B, _, skip, h0 = _ssd_operands(kernel)
+    heads = CHANNELS // HEAD
+    once = _bytes((x, x, h0, h0))
+    programs = heads * HEAD // ssd_triton.blocks_of(HEAD, kernel.states).channels
+    moved = once + programs * _bytes((B, B)) + programs // heads * _bytes((steps, steps)) + BATCH * _bytes(skip)
+    return {"ideal": once + _bytes((B, B, steps, steps, skip)), "moved": moved}
 
 
 def _checked_traffic(kernel: Kernel, call: TritonCall) -> dict[str, int]:

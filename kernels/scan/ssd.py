@@ -9,14 +9,17 @@ from jaxtyping import Array, Bool, Float
 
 from kernels import devices
 from kernels.dispatch import Choice, Implementation, anything, choose, shown
-from kernels.scan import carried, ssd_forms
+from kernels.scan import carried, ssd_forms, ssd_triton
 from kernels.scan.arguments import check_arrays, check_direction
 from kernels.scan.selective_reference import keeps
 
 
 @dataclasses.dataclass(frozen=True)
 class SSDSpec:
-    """The static facts of one call, which decide what can run it: H heads of size P in `groups`, each with a state [P, N]."""
+    """The static facts of one call, which decide what can run it: H heads of size P in `groups`, each with a state [P, N].
+
+    dtype: of the state. products: of x, B and C, "mixed" where they differ.
+    """
 
     batch: int
     length: int
@@ -25,12 +28,23 @@ class SSDSpec:
     state: int
     groups: int
     dtype: str
+    products: str
     platform: str
 
 
+def _compiled(form):
+    """As one compiled function, also where the caller is not."""
+    return jax.jit(ssd_forms.on_steps(form))
+
+
 IMPLEMENTATIONS = {
-    "reference": Implementation(jax.jit(ssd_forms.recurrence), anything, "lax.scan, one step after another: the specification"),
-    "chunked": Implementation(jax.jit(ssd_forms.dual), anything, "products of matrices inside chunks of 64 steps"),
+    "reference": Implementation(_compiled(ssd_forms.recurrence), anything, "lax.scan, one step after another: the specification"),
+    "chunked": Implementation(_compiled(ssd_forms.dual), anything, "products of matrices inside chunks of 64 steps"),
+    "triton": Implementation(
+        jax.jit(ssd_triton.scan),
+        ssd_triton.why_not,
+        "a Triton kernel through jax-triton, products of 16 bits on tensor cores; backward by chunked",
+    ),
 }
 PREFERENCE = ("chunked", "reference")  # measured on CPU; on a GPU what was measured there goes first
 
@@ -86,10 +100,8 @@ def ssd(
 
 
 def _on_one_device(arrays, h0, softplus: bool, dt_limit, reverse: bool, implementation: str):
-    x, reset, dtype = arrays["x"], arrays["reset"], h0.dtype
-    full, dt, A, B, C, D, dt_bias = (
-        None if arrays[name] is None else arrays[name].astype(dtype) for name in ("x", "dt", "A", "B", "C", "D", "dt_bias")
-    )
+    x, B, C, reset, dtype = arrays["x"], arrays["B"], arrays["C"], arrays["reset"], h0.dtype
+    dt, A, D, dt_bias = (None if arrays[name] is None else arrays[name].astype(dtype) for name in ("dt", "A", "D", "dt_bias"))
     groups = B.shape[2]
     dt = _step_sizes(dt, dt_bias, softplus, dt_limit)
     log_decay = _log_decay(dt, A, None if reset is None else keeps(reset, reverse, dtype))
@@ -100,12 +112,10 @@ def _on_one_device(arrays, h0, softplus: bool, dt_limit, reverse: bool, implemen
     def in_time(v):
         return jnp.flip(v, axis=1) if reverse else v
 
-    ready = (grouped(full * dt[..., None]), grouped(log_decay), B, C)
-    by_group = h0.reshape(len(h0), groups, -1, *h0.shape[2:])
-    y, last = IMPLEMENTATIONS[implementation].run(*jax.tree.map(in_time, ready), by_group)
-    y = in_time(y).reshape(x.shape)
-    y = y if D is None else y + D[None, None, :, None] * full
-    return y.astype(x.dtype), last.reshape(h0.shape)
+    ready = jax.tree.map(in_time, (grouped(x), grouped(dt), grouped(log_decay), B, C))
+    skip = None if D is None else D.reshape(groups, -1)
+    y, last = IMPLEMENTATIONS[implementation].run(*ready, skip, h0.reshape(len(h0), groups, -1, *h0.shape[2:]))
+    return in_time(y).reshape(x.shape), last.reshape(h0.shape)
 
 
 def _step_sizes(dt, dt_bias, softplus: bool, dt_limit) -> Float[Array, "B L H"]:
@@ -147,6 +157,7 @@ def explain_ssd(x, dt, A, B, C, D=None, dt_bias=None, *, h0=None, reset=None, re
         state=B.shape[3],
         groups=B.shape[2],
         dtype=str(_state_dtype(x, dt, A, B, C, D, dt_bias, h0)),
+        products=str(x.dtype) if x.dtype == B.dtype == C.dtype else "mixed",
         platform=jax.default_backend(),
     )
     preference = devices.preference("ssd", spec.platform, PREFERENCE)

@@ -33,6 +33,20 @@ def _einsum(formula, *operands):
     return jnp.einsum(formula, *operands, precision=lax.Precision.HIGHEST)
 
 
+def on_steps(form):
+    """`form` as the entry calls every implementation: (x, dt, log_decay, B, C, D, h0) -> y in the type of x, h_last.
+
+    x [B, L, G, R, P], B and C in any type, dt [B, L, G, R] what x is multiplied by where it is written, D [G, R] or None.
+    """
+
+    def run(x, dt, log_decay, B, C, D, h0):
+        full, B, C = (v.astype(h0.dtype) for v in (x, B, C))
+        y, last = form(full * dt[..., None], log_decay, B, C, h0)
+        return (y if D is None else y + D[None, None, :, :, None] * full).astype(x.dtype), last
+
+    return run
+
+
 def recurrence(x: X, log_decay: LogDecay, B: BC, C: BC, h0: State) -> tuple[X, State]:
     """y and h_last, one step after another: the specification."""
 

@@ -1,4 +1,4 @@
-"""Runs the Triton kernels of the selective scan in Triton's interpreter, on NumPy arrays, against the reference on the CPU.
+"""Runs the Triton kernels of the selective scan and SSD in Triton's interpreter, on NumPy arrays, against the references.
 
     TRITON_INTERPRET=1 python tests/kernels/scan_triton_interpreted.py        needs Triton, neither a GPU nor PyTorch
 
@@ -13,13 +13,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels.scan import selective_blocks, selective_reference, triton, triton_kernels
+from kernels.scan import selective_blocks, selective_reference, ssd_forms, ssd_triton, ssd_triton_kernels, triton, triton_kernels
 from kernels.scan.selective_blocks import Blocks, Gradients, Passes
 from kernels.scan.selective_reference import Inputs, keeps
 
 BLOCKS = Blocks(2, 4, 4, 4, 1)
 # L, groups, reverse, packed, bare
-CASES = [(6, 2, True, True, False), (4, 1, False, False, True), (9, 1, False, True, False), (1, 1, False, False, False)]
+SELECTIVE = [(6, 2, True, True, False), (4, 1, False, False, True), (9, 1, False, True, False), (1, 1, False, False, False)]
+# L, groups, packed, bare
+SSD = [(70, 2, True, False), (64, 1, False, True), (1, 1, False, False)]
 
 
 class Tensor:
@@ -56,23 +58,28 @@ class Tensor:
         assert other.array is self.array, "the interpreter wrote to another array"
 
 
-def launch(kernel, plan, inputs: Inputs, arguments) -> list[np.ndarray]:
-    """Run `kernel` interpreted, on what `triton.forward_arguments` or `triton.backward_arguments` made."""
+def launch(kernel, grid, arguments) -> list[np.ndarray]:
+    """Run `kernel` interpreted, on what a launcher made: arrays, shapes of outputs, constants."""
     arrays, outputs, constants = arguments
     found = [np.full(x.shape, np.nan, x.dtype) for x in outputs]
-    B, _, G, F = inputs.u.shape
     tensors = [Tensor(np.ascontiguousarray(x)) for x in arrays] + [Tensor(x) for x in found]
-    kernel[(F // plan.blocks.channels, G, B)](*tensors, **constants)
+    kernel[grid](*tensors, **constants)
     return found
 
 
+def grid_of(plan, inputs: Inputs) -> tuple[int, int, int]:
+    B, _, G, F = inputs.u.shape
+    return F // plan.blocks.channels, G, B
+
+
 def forward(plan, inputs: Inputs, keep, with_states: bool):
-    return launch(triton_kernels.forward, plan, inputs, triton.forward_arguments(plan, inputs, keep, with_states))
+    arguments = triton.forward_arguments(plan, inputs, keep, with_states)
+    return launch(triton_kernels.forward, grid_of(plan, inputs), arguments)
 
 
 def backward(plan, inputs: Inputs, keep, kept, dy, dlast) -> Gradients:
     arguments = triton.backward_arguments(plan, inputs, keep, kept, dy, dlast)
-    d = Gradients(*map(jnp.asarray, launch(triton_kernels.backward, plan, inputs, arguments)))
+    d = Gradients(*map(jnp.asarray, launch(triton_kernels.backward, grid_of(plan, inputs), arguments)))
     given = {"z": inputs.z, "D_parts": inputs.D, "delta_bias_parts": inputs.delta_bias}
     return d._replace(**{name: None for name, x in given.items() if x is None})
 
@@ -90,7 +97,7 @@ def case(L: int, G: int, reverse: bool, packed: bool, bare: bool, B=2, F=3, N=3)
     return inputs, keep, cotangents
 
 
-def errors(L: int, G: int, reverse: bool, packed: bool, bare: bool) -> dict[str, float]:
+def selective_errors(L: int, G: int, reverse: bool, packed: bool, bare: bool) -> dict[str, float]:
     """Relative to the largest number of each array."""
     inputs, keep, cotangents = case(L, G, reverse, packed, bare)
     reference = jax.jit(functools.partial(selective_reference.scan, not bare, reverse))
@@ -103,12 +110,33 @@ def errors(L: int, G: int, reverse: bool, packed: bool, bare: bool) -> dict[str,
     (found,) = pullback(cotangents)
     pairs = {"y": (our_y, y), "h_last": (our_last, last)}
     pairs |= {name: (getattr(found, name), value) for name, value in expected._asdict().items() if value is not None}
+    return relative(pairs)
+
+
+def relative(pairs) -> dict[str, float]:
+    """Largest errors of (found, expected), by the largest number expected."""
     return {name: float(jnp.max(jnp.abs(a - b)) / jnp.max(jnp.abs(b))) for name, (a, b) in pairs.items()}
+
+
+def ssd_errors(L: int, G: int, packed: bool, bare: bool, B=2, R=2, P=16, N=16) -> dict[str, float]:
+    """The same of the matrix form's forward pass; its products are float32 here."""
+    rng = np.random.default_rng(0)
+
+    def normal(*shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    dt, log_decay = jnp.abs(normal(B, L, G, R)), -jnp.abs(normal(B, L, G, R))
+    log_decay = jnp.where(jnp.asarray(rng.random((B, L, 1, 1)) < 0.1), ssd_forms.NOTHING, log_decay) if packed else log_decay
+    x, D, h0 = normal(B, L, G, R, P), normal(G, R), normal(B, G, R, P, N)
+    operands = (x, dt, None if bare else log_decay, normal(B, L, G, N), normal(B, L, G, N), None if bare else D, h0)
+    y, last = ssd_forms.on_steps(ssd_forms.recurrence)(*operands)
+    found = launch(ssd_triton_kernels.forward, (1, G * R, B), ssd_triton.arguments(*operands))
+    return relative({"y": (found[0], y), "h_last": (found[1], last)})
 
 
 def main() -> None:
     worst = 0.0
-    for arguments in CASES:
+    for arguments, errors in [*((x, selective_errors) for x in SELECTIVE), *((x, ssd_errors) for x in SSD)]:
         found = errors(*arguments)
         print(arguments, "  ".join(f"{name} {error:.1e}" for name, error in found.items()), flush=True)
         worst = max([worst, *(error if np.isfinite(error) else np.inf for error in found.values())])

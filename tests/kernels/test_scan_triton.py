@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 
 from kernels.offline import scan as offline_scan
-from kernels.scan import explain_selective, selective_scan, triton
+from kernels.scan import explain_selective, selective_scan, ssd_triton, triton
 from kernels.scan.selective import SelectiveSpec
 from kernels.scan.selective_blocks import shrink
+from kernels.scan.ssd import SSDSpec
 
 ROOT = pathlib.Path(__file__).parents[2]
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
@@ -32,7 +33,7 @@ def test_interpreted_kernels_are_the_reference():
     script = pathlib.Path(__file__).with_name("scan_triton_interpreted.py")
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert len(done.stdout.splitlines()) == 4
+    assert len(done.stdout.splitlines()) == 7
 
 
 @pytest.mark.slow
@@ -48,7 +49,8 @@ print(json.dumps([rows, scan.problems(rows)]))
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     rows, problems = json.loads(done.stdout)
-    assert len(rows) == 4 * len(triton.BLOCKS) and problems == []
+    assert len(rows) == 4 * len(triton.BLOCKS) + len(ssd_triton.SIZES) and problems == []
+    assert all(row["wgmma"] > 0 for row in rows if row["name"] == "ssd")
     assert all(row["registers"] > 32 for row in rows)
 
 
@@ -67,6 +69,26 @@ def test_what_the_kernels_cannot_run_says_why(monkeypatch, changes, reason):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "jax_triton")
     assert triton.why_not(SPEC) is None
     assert triton.why_not(dataclasses.replace(SPEC, **changes)) == reason
+
+
+SSD = SSDSpec(1, 8, 2, 64, 128, 1, "float32", "bfloat16", "gpu")
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"platform": "cpu"}, "Triton runs on NVIDIA GPUs, not on cpu"),
+        ({"products": "float32"}, "x, B and C must all be bfloat16 or float16, not float32"),
+        ({"products": "mixed"}, "x, B and C must all be bfloat16 or float16, not mixed"),
+        ({"dtype": "float64"}, "its state is float32, not float64"),
+        ({"head_dim": 65}, "head sizes are (16, 32, 64, 128), not 65"),
+        ({"state": 256}, "numbers of states are (16, 32, 64, 128), not 256"),
+    ],
+)
+def test_what_the_matrix_form_cannot_run_says_why(monkeypatch, changes, reason):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "jax_triton")
+    assert ssd_triton.why_not(SSD) is None
+    assert reason in ssd_triton.why_not(dataclasses.replace(SSD, **changes))
 
 
 def test_without_jax_triton_the_reason_says_what_to_install(monkeypatch):
