@@ -85,7 +85,8 @@ class Case:
         bias = None if self.bias is None else BIASES[self.bias](self.H, self.L, self.S)
         positions = [1 + 2 * jnp.arange(n)[None] for n in (self.L, self.S)] if self.positions else [None, None]
         if self.ragged:
-            last = jnp.arange(self.B)[:, None] * self.S // max(1, self.B - 1) - 1
+            row, rows = jnp.arange(self.B)[:, None], max(1, self.B - 1)
+            last = row * self.S // rows - row % rows - 1  # so that no length is a whole number of blocks
             positions = [last + jnp.arange(1 - self.L, 1)[None], None]
         spans = Spans(jnp.int32(1), (((0, 2), (0, 2)), ((1, 2), (1, 2)))) if self.positions else None
         arrays = q, k, v, bias, *ids, *positions, None, spans
