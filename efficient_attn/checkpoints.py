@@ -27,7 +27,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 import jax
@@ -118,16 +118,12 @@ class Checkpoints:
             raise CheckpointError(f"metrics of step {step} lack {self._metric!r}, by which steps are ranked: {sorted(metrics)}.")
         contents = {"step": step, "progress": _checked_json(progress), "metrics": workdir.jsonable(metrics or {})}
         self._handler.contents = {**contents, "arrays": _arrays(state)}
-        try:
+        with self._failing(step):
             if distributed.agreed(lambda: step in self.steps() and self._is_whole(step)):
                 self._amend(step, contents)
             else:
                 self._orbax.save(self._folder(step), args=_SaveArgs(state))
                 self._saving = step
-        except distributed.PeerLost:
-            raise
-        except Exception as error:
-            raise self._failed(step, error) from error
 
     def wait(self) -> None:
         """Wait until the save in progress is committed with its seal, then delete the steps that need not be kept.
@@ -138,10 +134,8 @@ class Checkpoints:
         if self._saving is None:
             return
         step, self._saving = self._saving, None
-        try:
+        with self._failing(step):
             self._orbax.wait_until_finished()
-        except Exception as error:
-            raise self._failed(step, error) from error
         self._whole.add(step)
         self._prune()
 
@@ -154,8 +148,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """The committed steps, whole or not, in increasing order."""
-        names = [path.name for path in self.directory.iterdir()] if self.directory.is_dir() else []
-        return sorted(int(name) for name in names if name.isdecimal())
+        return sorted(int(path.name) for path in self.directory.glob("*") if path.name.isdecimal())
 
     def latest_step(self) -> int | None:
         """The newest whole step."""
@@ -178,8 +171,8 @@ class Checkpoints:
         try:
             _verify(self._folder(step))
         except _Damaged as reason:
-            others = f"Other steps: {self._others(step)}"
-            raise CheckpointError(f"cannot restore checkpoint {self._folder(step)}: {reason}. {others}.") from None
+            problem = f"cannot restore checkpoint {self._folder(step)}: {reason}"
+            raise CheckpointError(f"{problem}. Other steps: {self._others(step)}.") from None
         return self._load(step, abstract_state)
 
     def restore_latest(self, abstract_state: PyTree) -> tuple[int, PyTree, dict[str, Any]] | None:
@@ -278,24 +271,34 @@ class Checkpoints:
                     shutil.rmtree(path)
                     absl_logging.warning("Removed %s, left unfinished by a run that was killed.", path)
         except OSError as error:
-            reason = f"cannot write checkpoints in {self.directory}: {error.strerror}"
-            raise CheckpointError(f"{reason}. Choose another --workdir.") from error
+            reason = f"{error.strerror}. Choose another --workdir."
+            raise CheckpointError(f"cannot write checkpoints in {self.directory}: {reason}") from error
 
-    def _failed(self, step: int, error: Exception) -> CheckpointError:
-        """The error to raise for a failed save, after removing what it wrote (which also frees a full disk)."""
+    @contextlib.contextmanager
+    def _failing(self, step: int) -> Iterator[None]:
+        """For what saves `step`. Where it fails, what was written is removed (which also frees a full disk)."""
+        try:
+            with distributed.together():
+                yield
+        except distributed.PeerLost:
+            raise
+        except Exception as error:
+            self._remove_unfinished(step)
+            os_error = re.search(r"os_error_code='(\d+)'", str(error))  # TensorStore wraps what the system said in several lines
+            reason = os.strerror(int(os_error[1])) if os_error else getattr(error.__cause__, "strerror", None)
+            reason = reason or " ".join(str(error).split()).rstrip(".") or repr(error)
+            raise CheckpointError(
+                f"saving step {step} in {self.directory} failed: {reason}. Checkpoints before it are intact: "
+                f"{self._others(step)}. Remove the cause (free some disk space?) and run the same command to continue from the newest of them."
+            ) from error
+
+    def _remove_unfinished(self, step: int) -> None:
         unfinished = self.directory / f"{step}{TEMPORARY}"
         for _ in range(10 if self._changes else 0):  # Orbax's other writers may still be at it and make the folder again
             shutil.rmtree(unfinished, ignore_errors=True)  # start-up removes what cannot be removed now
             time.sleep(0.1)
             if not unfinished.exists():
                 break
-        os_error = re.search(r"os_error_code='(\d+)'", str(error))  # TensorStore wraps what the system said in several lines
-        reason = os.strerror(int(os_error[1])) if os_error else getattr(error.__cause__, "strerror", None)
-        reason = reason or " ".join(str(error).split()).rstrip(".") or repr(error)
-        return CheckpointError(
-            f"saving step {step} in {self.directory} failed: {reason}. Checkpoints before it are intact: {self._others(step)}. "
-            "Remove the cause (free some disk space?) and run the same command to continue from the newest of them."
-        )
 
     def _others(self, step: int) -> list[int]:
         return [other for other in self._seals() if other != step]
@@ -339,11 +342,8 @@ def _arrays(state: PyTree) -> dict[str, str]:
 
 
 def _first_difference(saved: Mapping[str, str], expected: Mapping[str, str]) -> str | None:
-    for name in {**expected, **saved}:
-        there, here = saved.get(name, "missing"), expected.get(name, "missing")
-        if there != here:
-            return f"{name} is {there} there and {here} here"
-    return None
+    both = ((name, saved.get(name, "missing"), expected.get(name, "missing")) for name in {**expected, **saved})
+    return next((f"{name} is {there} there and {here} here" for name, there, here in both if there != here), None)
 
 
 def _placed(leaf: jax.Array | np.ndarray | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

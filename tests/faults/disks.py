@@ -1,7 +1,6 @@
 """Disks that are full, or cannot be written."""
 
 import contextlib
-import dataclasses
 import os
 import pathlib
 import subprocess
@@ -9,6 +8,8 @@ from collections.abc import Iterator
 
 from tests.faults import runs
 from tests.faults.place import Place, Row, at_batch
+
+FULL = "No space left on device"
 
 
 @contextlib.contextmanager
@@ -27,18 +28,24 @@ def remount(path: pathlib.Path, options: str) -> None:
     subprocess.run(["mount", "-o", f"remount,{options}", str(path)], check=True)
 
 
-def fill(path: pathlib.Path) -> None:
-    with contextlib.suppress(OSError), (path / "filler").open("wb", buffering=0) as file:
-        while file.write(bytes(4096)):
-            pass
+def fill(path: pathlib.Path, left: int) -> None:
+    """The disk, but for so many KiB."""
+    with (path / "filler").open("wb", buffering=0) as file:
+        with contextlib.suppress(OSError):
+            while file.write(bytes(4096)):
+                pass
+        file.truncate(max(0, file.tell() - 1024 * left))
 
 
 def full_while_saving(place: Place) -> Row:
-    with disk(place, "300k") as path:
-        here = dataclasses.replace(place, workdir=path / "run")
+    with disk(place, f"{place.draw('KiB in all', 300, range(4, 800, 4))}k") as path:
+        here = place.moved(workdir=path / "run")
         status, program = here.train()
+        if status == 0:
+            here.compare(here.workdir, here.reference)
+            return Row(here.said(program), status, "a whole run", "there was room for it, bit-identical")
         says = here.said(program)
-        assert status == 3 and "No space left on device" in says, (status, says)
+        assert status in (2, 3) and says.startswith("error: ") and FULL in says, (status, program.err)
         left = runs.committed(here.workdir)
         assert not runs.partial_files(here.workdir) and not runs.unfinished_saves(here.workdir)
         remount(path, "size=10m")
@@ -46,14 +53,17 @@ def full_while_saving(place: Place) -> Row:
 
 
 def full_of_data(place: Place) -> Row:
-    with disk(place, "3m") as path:
-        here = dataclasses.replace(place, data=path / "data")
+    with disk(place, f"{place.draw('KiB in all', 3072, range(4, 8000, 4))}k") as path:
+        here = place.moved(data=path / "data")
         status, program = here.train()
         says = here.said(program)
-        assert status == 2 and "No space left on device" in says, (status, says)
+        if status == 0:
+            here.compare(here.workdir, here.reference)
+            return Row(says, status, "a whole run", "there was room for it, bit-identical")
+        assert status == 2 and says.startswith("error: ") and FULL in says, (status, program.err)
         whole = runs.records(here.data, here.folder / "records")
         expected = runs.records(place.data, here.folder / "records")
-        assert 0 < len(whole) < len(expected) and all(expected[name] == examples for name, examples in whole.items())
+        assert len(whole) <= len(expected) and all(expected[name] == examples for name, examples in whole.items())
         assert not runs.unfinished_shards(here.data)
         remount(path, "size=30m")
         left = "some of the record files, whole; nothing of the others"
@@ -61,22 +71,23 @@ def full_of_data(place: Place) -> Row:
 
 
 def full_while_logging(place: Place) -> Row:
-    """The disk is full from step 9 on, and the file of metrics needs another of its blocks before the next save."""
+    """The disk is full from some step on, and the file of metrics, or the last save, needs more than is left."""
     place = place.but_with(
         "--config.train.duration=24 steps", "--config.train.checkpoint_every=1000 steps", "--config.train.eval_every=1000 steps"
     )
+    step, left = place.step(9, range(9, 21)), place.draw("KiB left", 0, range(0, 48, 4))
     with disk(place, "10m") as path:
-        here = dataclasses.replace(place, workdir=path / "run")
-        here.stopped()
+        here = place.moved(workdir=path / "run")
+        here.stopped(8)
         before = runs.rows(here.workdir)
 
         def filled(batch: dict) -> dict:
-            fill(path)
+            fill(path, left)
             return batch
 
-        status, program = here.train(fault=lambda: at_batch(8, filled))
+        status, program = here.train(fault=lambda: at_batch(step - 1, filled))
         says = here.said(program)
-        assert status == 2 and "No space left on device" in says and "metrics.jsonl" in says, (status, says)
+        assert FULL in says and (status, "metrics.jsonl" in says) in ((2, True), (3, False)), (status, program.err)
         assert runs.rows(here.workdir)[: len(before)] == before and not runs.partial_files(here.workdir)
         (path / "filler").unlink()
         return Row(says, status, "whole lines; checkpoints as they were", here.continued())
@@ -84,8 +95,8 @@ def full_while_logging(place: Place) -> Row:
 
 def read_only(place: Place) -> Row:
     with disk(place, "10m") as path:
-        here = dataclasses.replace(place, workdir=path / "run")
-        here.stopped()
+        here = place.moved(workdir=path / "run")
+        here.stopped(place.step())
         before = runs.listing(here.workdir)
         remount(path, "ro")
         status, program = here.train()
@@ -96,17 +107,26 @@ def read_only(place: Place) -> Row:
 
 
 def no_permission(place: Place) -> Row:
-    place.stopped()
-    paths = (place.workdir, *place.workdir.rglob("*"))
+    """All of the run's folder, or something in it, may not be written by the user who runs the command."""
+    place.stopped(place.step())
+    paths = (place.workdir, *sorted(place.workdir.rglob("*")))
+    names = {"all": paths, **{f"number {i}": (path,) for i, path in enumerate(paths)}}
+    protected = names[place.draw("what", "all", list(names))]
     for path in paths:
-        path.chmod(0o555 if path.is_dir() else 0o444)
+        path.chmod((0o777 if path.is_dir() else 0o666) & (~0o222 if path in protected else ~0))
     place.folder.chmod(0o777)
     before = runs.listing(place.workdir)
     status, program = place.train(fault=be_ordinary_user)
-    assert status == 2 and runs.listing(place.workdir) == before, (status, program.err)
-    for path in paths:
+    says = place.said(program)
+    assert status in (0, 2, 3) and not runs.partial_files(place.workdir), (status, program.err)
+    assert status == 0 or (says.startswith("error: ") and "Permission denied" in says), program.err
+    assert len(protected) == 1 or (status == 2 and runs.listing(place.workdir) == before), (status, program.err)
+    for path in (place.workdir, *place.workdir.rglob("*")):
         path.chmod(0o755 if path.is_dir() else 0o644)
-    return Row(place.said(program), status, "all as it was", place.continued())
+    if status == 0:
+        place.compare(place.workdir, place.reference)
+        return Row(says, status, "a whole run", "nothing of it was to be written, bit-identical")
+    return Row(says, status, "all as it was", place.continued())
 
 
 def be_ordinary_user() -> None:

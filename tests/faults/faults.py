@@ -1,52 +1,63 @@
 """Every other fault, done to the short run: what the user sees, what is left on disk, and how the run continues.
 
 `FAULTS` lists them. Each is a function of a `Place` (a folder of its own, and the commands) that breaks something, checks that
-nothing is lost, and returns its row of the table (`table.py`).
+nothing is lost, and returns its row of the table (`table.py`). What it leaves open, `place.draw` decides: the values of the
+table, or random ones (`repeat.py`).
 """
 
-import contextlib
 import functools
 import json
-import os
-import pathlib
-import re
 import shutil
 import signal
-import socket
 import time
 from collections.abc import Callable, Mapping
 
 import jax
 
-from tests.faults import damage, disks, divergence, programs, runs, signals
-from tests.faults.place import Place, Row, at_batch, stop_at
+from tests.faults import damage, disks, divergence, processes, runs, signals
+from tests.faults.place import FINAL, STEPS, Place, Row, at_batch, stop_at
 
 
 def two_runs(place: Place) -> Row:
-    first = place.start(fault=lambda: at_batch(5, pause), name="first")
-    while "step 4/" not in first.out:
+    """The first stands still in some step until as many others as are drawn have been refused."""
+    step, others = place.step(6), place.draw("others", 1, (1, 2, 3))
+    ended = place.folder / "ended"
+
+    def wait(batch: dict) -> dict:
+        print("here", flush=True)
+        while not ended.exists():
+            time.sleep(0.01)
+        return batch
+
+    first = place.start(fault=lambda: at_batch(step - 1, wait), name="first")
+    while "here" not in first.out:
+        assert not first.is_over(), first.err
         time.sleep(0.01)
-    status, second = place.train()
-    assert status == 5, second.err
+    for second in [place.start(name=f"other{number}") for number in range(others)]:
+        status = second.wait()
+        says = place.said(second)
+        assert status == 5 and "is in use by another run" in says, (status, second.err)
+    ended.touch()
     assert first.wait() == 0, first.err
     place.compare(place.workdir, place.reference)
-    return Row(place.said(second), status, "all as it was", "the first run ends undisturbed")
-
-
-def pause(batch: dict) -> dict:
-    time.sleep(8)
-    return batch
+    return Row(says, status, "all as it was", "the first run ends undisturbed")
 
 
 def clock_jump(place: Place) -> Row:
     """Two days forward in step 4, and four back in step 10; once more, stopped in between and continued."""
+    decade = range(-87600, 87601)
+    jumps = [
+        (place.draw(f"{which} at step", step, range(1, FINAL + 1)), place.draw(f"{which} by hours", hours, decade))
+        for which, step, hours in (("first", 4, 48), ("second", 10, -96))
+    ]
+    stop = place.draw("stopped at", 8, STEPS)
 
     def jumping() -> None:
-        for index, hours in ((3, 48), (9, -96)):
-            at_batch(index, functools.partial(jump, hours))
+        for step, hours in jumps:
+            at_batch(step - 1, functools.partial(jump, hours))
 
     def jumping_and_stopped() -> None:
-        stop_at(8)
+        stop_at(stop)
         jumping()
 
     whole = place.folder / "whole"
@@ -69,6 +80,11 @@ def jump(hours: float, batch: dict) -> dict:
 
 def other_devices(place: Place) -> Row:
     """Stopped on 4 devices, its state in halves, and continued on 1 and on 8."""
+    counts = (1, 2, 4, 8)
+    before = place.draw("devices", 4, counts[1:])
+    parts = place.draw("parts", 2, [n for n in counts[1:] if n <= before])
+    after = place.draw("then", (1, 8), [(n,) for n in counts if n != before])
+    step = place.step()
 
     def on(devices: int, stop: bool) -> Callable[[], None]:
         def fault() -> None:
@@ -84,14 +100,15 @@ def other_devices(place: Place) -> Row:
 
             training.restore_or_init = restored
             if stop:
-                stop_at(8)
+                stop_at(step)
 
         return fault
 
-    assert place.train("--config.sharding.fsdp=2", "--config.sharding.min_size=1", fault=on(4, stop=True))[0] == 75
+    halves = (f"--config.sharding.fsdp={parts}", "--config.sharding.min_size=1")
+    assert place.train(*halves, fault=on(before, stop=True))[0] == 75
     saved = runs.digests(place.workdir, place.folder / "digests")
     said = set()
-    for devices in (1, 8):
+    for devices in after:
         copy = place.folder / f"on{devices}"
         shutil.copytree(place.workdir, copy)
         status, program = place.train(workdir=copy, fault=on(devices, stop=False))
@@ -100,46 +117,14 @@ def other_devices(place: Place) -> Row:
         said |= {place.anonymous(line) for line in program.err.splitlines() if "device_count" in line}
         for row, expected in zip(runs.rows(copy), runs.rows(place.reference), strict=True):
             assert abs(row["train_loss"] - expected["train_loss"]) < 1e-3, (row, expected)
+    assert len(said) == len(after), said
     return Row("; ".join(sorted(said)), 0, "the same", "every array restored bit for bit, losses to 1e-3")
-
-
-def lost_process(place: Place) -> Row:
-    """Process 1 of 2 is killed in step 8; the other must end by itself, and both together continue."""
-
-    def start(workdir: pathlib.Path, fault: Callable[[], None] | None = None) -> list[programs.Program]:
-        with contextlib.closing(socket.socket()) as listener:
-            listener.bind(("localhost", 0))
-            address = f"--coordinator=localhost:{listener.getsockname()[1]}"
-        argv = [*runs.train(workdir, place.data, *place.flags), address, "--num_processes=2"]
-        return [
-            programs.start([*argv, f"--process_id={i}"], place.folder / f"process{i}", fault if i else None) for i in (0, 1)
-        ]  # fmt: skip
-
-    def die(batch: dict) -> dict:
-        os.kill(os.getpid(), 9)
-        return batch
-
-    whole = place.folder / "whole"
-    assert [program.wait() for program in start(whole)] == [0, 0]
-    first, second = start(place.workdir, lambda: at_batch(7, die))
-    assert second.wait() == -9
-    killed = time.monotonic()
-    status = first.wait(60)
-    print(f"lost_process: the other ended {time.monotonic() - killed:.0f} s later", flush=True)
-    assert status == 6, first.err
-    says = place.said(first)
-    assert not runs.partial_files(place.workdir)
-    again = start(place.workdir)
-    assert [program.wait() for program in again] == [0, 0], again[0].err
-    assert runs.rows(place.workdir) == runs.rows(whole)
-    assert runs.digests(place.workdir, place.folder / "digests") == runs.digests(whole, place.folder / "digests")
-    step = re.search(r"continuing from step (\d+)", again[0].out)[1]
-    return Row(says, status, "whole checkpoints", f"both again: from step {step}, bit-identical")
 
 
 FAULTS: Mapping[str, Callable[[Place], Row]] = {
     "SIGTERM": functools.partial(signals.at_step, number=signal.SIGTERM),
     "Ctrl-C": functools.partial(signals.at_step, number=signal.SIGINT),
+    "a second Ctrl-C, within the save": signals.interrupted_twice,
     "kill -9": functools.partial(signals.at_step, number=signal.SIGKILL),
     "kill -9 within a save": signals.kill_in_save,
     "SIGTERM in data generation": functools.partial(signals.in_generation, number=signal.SIGTERM),
@@ -149,21 +134,21 @@ FAULTS: Mapping[str, Callable[[Place], Row]] = {
     "disk full in data generation": disks.full_of_data,
     "read-only file system": disks.read_only,
     "folder without write permission": disks.no_permission,
-    "a flipped bit in the newest checkpoint": damage.flipped_bit,
-    "a truncated file in the newest checkpoint": damage.truncated,
-    "a flipped bit in each record file": damage.flipped_records,
-    "truncated record files": damage.truncated_records,
+    "a flipped bit in the newest checkpoint": functools.partial(damage.checkpoint, damage=damage.flip),
+    "a truncated file in the newest checkpoint": functools.partial(damage.checkpoint, damage=damage.cut),
+    "a flipped bit in each record file": functools.partial(damage.records, damage=damage.flip),
+    "truncated record files": functools.partial(damage.records, damage=damage.cut),
     "last line of metrics torn": damage.torn_line,
     "a damaged line within metrics": damage.damaged_line,
     "a second run on the same workdir": two_runs,
     "the clock jumps by days": clock_jump,
     "a loss that is not a number": divergence.no_number,
-    "the same, train.on_divergence=skip": divergence.no_number_skipped,
-    "the same, train.on_divergence=rollback": divergence.no_number_rolled_back,
-    "a loss spike, train.spike_factor=5": divergence.spike_stopped,
-    "a loss spike, train.on_divergence=skip": divergence.spike_skipped,
-    "a loss spike, train.on_divergence=rollback": divergence.spike_rolled_back,
+    "the same, train.on_divergence=skip": functools.partial(divergence.no_number, policy="skip"),
+    "the same, train.on_divergence=rollback": functools.partial(divergence.no_number, policy="rollback"),
+    "a loss spike, train.spike_factor=5": divergence.too_large,
+    "a loss spike, train.on_divergence=skip": functools.partial(divergence.too_large, policy="skip"),
+    "a loss spike, train.on_divergence=rollback": functools.partial(divergence.too_large, policy="rollback"),
     "4 devices, then 1 and 8": other_devices,
-    "one of two processes killed": lost_process,
+    "one of two processes killed": processes.lost,
 }
 """By the first column of the table."""

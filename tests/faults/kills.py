@@ -29,7 +29,6 @@ ENDINGS = {signal.SIGKILL: (-9,), signal.SIGTERM: (75, -15), signal.SIGINT: (75,
 IGNORED = re.compile(r"Exception ignored in.*\n(?:(?:Traceback| ).*\n|\s*\n)*KeyboardInterrupt.*\n")
 """What Python says of a Ctrl-C that it drops; the run must stop all the same."""
 LATE = 10  # steps from the end, within which a run may finish before it sees a signal
-LEAVE_SECONDS = 20  # in which the workers of a killed run must have ended
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,22 +109,24 @@ class Campaign:
         shutil.rmtree(workdir)
         return time.monotonic() - started
 
-    def run(self, kills: int) -> Tally:
-        """Kill until `kills` signals have been sent, then let the last run end."""
-        number = 0
-        while sum(self.tally.kills.values()) < kills:
+    def run(self, kills: int, minutes: float) -> Tally:
+        """Kill until `kills` signals have been sent or the time is over, then let the last run end."""
+        number, deadline = 0, time.monotonic() + 60 * minutes
+
+        def is_over() -> bool:
+            return self.tally.kills.total() >= kills or time.monotonic() > deadline
+
+        while not is_over():
             workdir = self.folder / f"run{number}"
-            while not self.attempt(workdir, *self.draw(kills)):
+            while not self.attempt(workdir, *((self.data, None) if is_over() else self.draw())):
                 pass
             self.compare(workdir)
             shutil.rmtree(workdir)
             number += 1
         return self.tally
 
-    def draw(self, kills: int) -> tuple[pathlib.Path, Kill | None]:
-        """Where the next attempt finds its data, and how it is killed (None once there have been enough)."""
-        if sum(self.tally.kills.values()) >= kills:
-            return self.data, None
+    def draw(self) -> tuple[pathlib.Path, Kill]:
+        """Where the next attempt finds its data, and how it is killed."""
         number = self.random.choices(list(SIGNALS), SIGNALS.values())[0]
         name = self.random.choices(list(MOMENTS), [moment.weight for moment in MOMENTS.values()])[0]
         moment = MOMENTS[name]
@@ -190,10 +191,7 @@ class Campaign:
 
     def check(self, program, workdir: pathlib.Path, data: pathlib.Path, newest: int | None, status: int, *, killed: bool) -> None:
         """What must hold after every attempt, however it ended."""
-        deadline = time.monotonic() + LEAVE_SECONDS
-        while program.survivors() and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert not program.survivors(), f"processes {program.survivors()} have survived the run that started them"
+        program.check_alone()
         assert status == 0 or killed, f"a run that nobody killed ended with {status}: {program.err[-2000:]}"
         partial = runs.partial_files(workdir)
         assert not partial, f"partial files under their final names: {partial}"
@@ -221,21 +219,24 @@ class Campaign:
         assert runs.listing(workdir) == runs.listing(self.reference), "the folders differ"
 
     def report(self) -> None:
-        kills = sum(self.tally.kills.values())
+        kills = self.tally.kills.total()
         if kills % 10 == 0:
             self.say(f"{kills} kills, {self.tally.attempts} attempts, {self.tally.finished_runs} runs finished and identical")
 
 
-def report(folder: pathlib.Path, kills: int, seed: int, steps: int) -> dict[str, Any]:
+def report(folder: pathlib.Path, kills: int, seed: int, steps: int, minutes: float) -> dict[str, Any]:
     """Run a campaign in `folder`; what happened, as JSON. An AssertionError says what was lost, and leaves the folder."""
     started = time.monotonic()
-    campaign = Campaign(folder, seed, steps)
-    tally = campaign.run(kills)
+    (folder / "runs").mkdir()
+    campaign = Campaign(folder / "runs", seed, steps)
+    tally = campaign.run(kills, minutes)
     tally.check_moments()
+    left = sorted(path.name for path in (folder / "tmp").iterdir())
+    assert not left, f"temporary files are left: {left}"
     info = read_json(campaign.reference / "run.json")
     summary = {
         "command": f"python -m tests.faults --kills={kills} --seed={seed} --steps={steps}",
-        "kills": sum(tally.kills.values()),
+        "kills": tally.kills.total(),
         "attempts": tally.attempts,
         "ended_before_the_signal": tally.ended_before_the_signal,
         "runs_finished_and_identical": tally.finished_runs,

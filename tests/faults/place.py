@@ -1,16 +1,24 @@
-"""What a fault has at hand: a folder of its own, the commands, and what can be done inside the run's process."""
+"""What a fault has at hand: a folder of its own, the commands, what it may draw, and what can be done in the run's process."""
 
+import contextlib
 import dataclasses
+import hashlib
+import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 from collections.abc import Callable
 
 from tests.faults import programs, runs
+from tests.faults.draw import Draw
 
 SHORT = ("--config.train.duration=12 steps", "--config.train.eval_every=6 steps", "--config.train.log_every=1")
 FINAL = 12
+SAVED_EVERY = 3
+STEPS = range(1, FINAL)
+"""Those after which the run has something left to do."""
 
 Fault = Callable[[], None]
 
@@ -27,25 +35,45 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """`folder` is this fault's own; `data` holds the data set, `reference` a run with the same `flags` undisturbed."""
+    """`folder` is this fault's own; `shared` holds what all of them need and none changes: data, and undisturbed runs."""
 
     folder: pathlib.Path
-    workdir: pathlib.Path
-    data: pathlib.Path
-    reference: pathlib.Path
+    shared: pathlib.Path
+    draw: Draw
     flags: tuple[str, ...] = SHORT
+    moved_workdir: pathlib.Path | None = None
+    moved_data: pathlib.Path | None = None
 
     @property
-    def last(self) -> programs.Program:
-        """What was run last."""
-        return programs.Program(0, self.folder / "program")
+    def workdir(self) -> pathlib.Path:
+        return self.moved_workdir or self.folder / "run"
+
+    @property
+    def data(self) -> pathlib.Path:
+        return self.moved_data or self.shared / "data"
+
+    @property
+    def reference(self) -> pathlib.Path:
+        """The run with the same flags that nothing happened to; made when it is first asked for."""
+        return self.made("reference", lambda path: self._undisturbed(path))
+
+    def step(self, documented: int = 8, among: range = STEPS) -> int:
+        return self.draw("step", documented, among)
 
     def but_with(self, *flags: str) -> "Place":
         """The same with `flags` too, for the reference as well."""
-        place = dataclasses.replace(self, flags=(*self.flags, *flags), reference=self.folder / "reference")
-        status, program = place.train(workdir=place.reference)
-        assert status == 0, program.err
-        return place
+        return dataclasses.replace(self, flags=(*self.flags, *flags))
+
+    def moved(self, *, workdir: pathlib.Path | None = None, data: pathlib.Path | None = None) -> "Place":
+        return dataclasses.replace(self, moved_workdir=workdir, moved_data=data)
+
+    def made(self, name: str, make: Callable[[pathlib.Path], None]) -> pathlib.Path:
+        """The shared folder of that name for these flags."""
+        path = self.shared / hashlib.sha256(" ".join(self.flags).encode()).hexdigest()[:8] / name
+        if not path.exists():
+            path.parent.mkdir(exist_ok=True)
+            make(path)
+        return path
 
     def start(self, *more: str, fault: Fault | None = None, workdir: pathlib.Path | None = None, name: str = "program"):
         """Start the run; its output is in files of that name."""
@@ -53,35 +81,53 @@ class Place:
         return programs.start(argv, self.folder / name, fault)
 
     def train(self, *more: str, fault: Fault | None = None, workdir: pathlib.Path | None = None):
-        """Run to the end; (exit status, program)."""
+        """Run to the end; (exit status, program). Nothing that it started may outlive it."""
         program = self.start(*more, fault=fault, workdir=workdir)
-        return program.wait(), program
+        status = program.wait()
+        program.check_alone()
+        return status, program
 
-    def stopped(self, *more: str) -> None:
-        """Leave the run as SIGTERM at step 8 leaves it."""
-        status, program = self.train(*more, fault=lambda: stop_at(8))
-        assert status == 75, program.err
+    def stopped(self, step: int) -> None:
+        """Leave the run as SIGTERM at `step` leaves it."""
+        shutil.copytree(self.made(f"stopped{step}", lambda path: self._stop(path, step)), self.workdir)
 
-    def continued(self, *more: str) -> str:
-        """Run the same command again to its end; must equal the run that nothing happened to."""
+    def continued(self, *more: str, step: int | None = None) -> str:
+        """Run the same command again to its end; must equal the run that nothing happened to.
+
+        step: from which it must go on; None is the newest checkpoint on disk, or the start where there is none.
+        """
+        step = max(runs.committed(self.workdir), default=None) if step is None else step
         status, program = self.train(*more)
         assert status == 0, program.err
         self.compare(self.workdir, self.reference)
         found = re.search(r"continuing from step (\d+)", program.out)
-        return (f"same command: from step {found[1]}" if found else "same command: from the start") + ", bit-identical"
+        assert (found and int(found[1])) == step, f"step {step} was on disk: {program.out[-2000:]}"
+        return (f"same command: from step {step}" if found else "same command: from the start") + ", bit-identical"
 
     def compare(self, workdir: pathlib.Path, reference: pathlib.Path) -> None:
         """Two finished runs must be the same, and nothing half-written may be left."""
         assert runs.rows(workdir) == runs.rows(reference), "the metrics differ from those of an undisturbed run"
-        here, there = (runs.digests(folder, self.folder / "digests") for folder in (workdir, reference))
-        assert here == there, "the final arrays differ from those of an undisturbed run"
+        self.compare_arrays(workdir, reference)
+
+    def compare_arrays(self, workdir: pathlib.Path, reference: pathlib.Path) -> None:
+        assert self.digests(workdir) == self.digests(reference), "the final arrays differ from those of an undisturbed run"
         left = [*runs.partial_files(workdir), *runs.unfinished_saves(workdir), *runs.unfinished_shards(self.data)]
         assert not left, left
 
+    def digests(self, workdir: pathlib.Path) -> dict[str, str]:
+        """As `runs.digests`; of what is shared, once."""
+        if not workdir.is_relative_to(self.shared):
+            return runs.digests(workdir, self.folder / "digests")
+        path = workdir.with_name(workdir.name + "-digests.json")
+        if not path.exists():
+            path.write_text(json.dumps(runs.digests(workdir, self.folder / "digests")))
+        return json.loads(path.read_text())
+
     def said(self, program: programs.Program, word: str = "") -> str:
-        """The last line with `word` that it said, with the folder's name taken out."""
+        """The last line with `word` that it said, with the folder's name taken out. There is one error at most."""
         assert "Traceback" not in program.err, program.err
         lines = [line for line in program.err.splitlines() if word in line]
+        assert sum(line.startswith("error: ") for line in program.err.splitlines()) <= 1, program.err
         return self.anonymous(lines[-1]) if lines else "(nothing)"
 
     def anonymous(self, text: str) -> str:
@@ -90,6 +136,14 @@ class Place:
         text = re.sub(r"\w+ [\d:.]+ \d+ \w+\.py:\d+\] ", "", text)  # absl's prefix
         text = re.sub(r"[0-9a-f]{32}|(?<=incomplete\.)\d+", "…", text)
         return re.sub(r"pid \d+ on \S+?(?=[);])", "pid 1234 on host", text)
+
+    def _undisturbed(self, path: pathlib.Path) -> None:
+        status, program = self.moved().train(workdir=path)
+        assert status == 0, program.err
+
+    def _stop(self, path: pathlib.Path, step: int) -> None:
+        status, program = self.moved().train(workdir=path, fault=lambda: stop_at(step))
+        assert status == 75, program.err
 
 
 # What is done inside the run's process.
@@ -102,24 +156,36 @@ def at_batch(index: int, act: Callable[[dict], dict]) -> None:
     original = training.train_batches
 
     def batches(source, *, start_step, **arguments):
-        for i, batch in enumerate(original(source, start_step=start_step, **arguments), start=start_step):
-            yield act(batch) if i == index else batch
+        with contextlib.closing(original(source, start_step=start_step, **arguments)) as given:
+            for i, batch in enumerate(given, start=start_step):
+                yield act(batch) if i == index else batch
 
     training.train_batches = batches
 
 
-def stop_at(step: int, number: signal.Signals = signal.SIGTERM) -> None:
-    """The signal comes, to all of the session, when the batch of `step` is read."""
+def stop_at(step: int, number: signal.Signals = signal.SIGTERM, to: str = "the session") -> None:
+    """The signal comes, to all of the session or to the run's process alone, when the batch of `step` is read."""
 
     def signalled(batch: dict) -> dict:
-        os.killpg(0, number)
+        send(number, to)
         return batch
 
     at_batch(step - 1, signalled)
 
 
-def not_a_number(batch: dict) -> dict:
-    return {**batch, "weights": batch["weights"] * float("nan")}
+def send(number: signal.Signals, to: str) -> None:
+    """The signal to this process, or to all of its session."""
+    os.killpg(0, number) if to == "the session" else os.kill(os.getpid(), number)
+
+
+def when(times: int, function: Callable, then: Callable) -> Callable:
+    """`function` so many times, and `then` from then on."""
+    calls = iter([function] * times)
+    return lambda *arguments, **options: next(calls, then)(*arguments, **options)
+
+
+def not_finite(value: str, batch: dict) -> dict:
+    return {**batch, "weights": batch["weights"] * float(value)}
 
 
 def spike(batch: dict) -> dict:

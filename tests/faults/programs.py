@@ -25,6 +25,7 @@ import efficient_attn.plan
 import efficient_attn.training  # noqa: F401 (all imported here, before anything is forked)
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
+LEAVE_SECONDS = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +66,13 @@ class Program:
         """Kill it and every process it started."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
+
+    def check_alone(self) -> None:
+        """Once it has ended, the processes that it started must end by themselves within `LEAVE_SECONDS`."""
+        deadline = time.monotonic() + LEAVE_SECONDS
+        while self.survivors() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert not self.survivors(), f"processes {self.survivors()} have survived the run that started them"
 
     def survivors(self) -> list[int]:
         """Processes of its session that still run."""

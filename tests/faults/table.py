@@ -2,11 +2,11 @@
 
 import pathlib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 
-from tests.faults import programs, runs
+from tests.faults.draw import Draw
 from tests.faults.faults import FAULTS
-from tests.faults.place import SHORT, Place, Row
+from tests.faults.place import Place, Row
 
 HEADER = ("| fault | what it says (exit status) | what is on disk | how it goes on |", "|---|---|---|---|")
 
@@ -42,14 +42,16 @@ all cases once the cause is gone.
 """
 
 
-def rows_of(folder: pathlib.Path, names: Iterable[str]) -> Iterator[tuple[str, Row]]:
-    """The rows of the named faults, each done now, in `folder`."""
-    data, reference = folder / "data", folder / "reference"
-    status, program = programs.run(runs.train(reference, data, *SHORT), folder / "program")
-    assert status == 0, program.err
+def write(folder: pathlib.Path, names: Iterable[str], page: pathlib.Path | None) -> None:
+    """Make the named faults in `folder` as documented; their rows are printed, and replace those of the page after each."""
+    shared, rows = folder / "shared", {}
+    shared.mkdir()
+    old = page.read_text() if page and page.exists() else ""
     for number, name in enumerate(names):
         here = folder / f"fault{number}"
         here.mkdir()
-        row = FAULTS[name](Place(here, here / "run", data, reference))
-        print(f"{name}: {row.says}", flush=True)
-        yield name, row
+        rows[name] = FAULTS[name](Place(here, shared, Draw()))
+        print(f"{name}: {rows[name].says}", flush=True)
+        if page:
+            page.parent.mkdir(parents=True, exist_ok=True)
+            page.write_text(markdown(rows, old))
