@@ -289,7 +289,8 @@ class Checkpoints:
             reason = reason or " ".join(str(error).split()).rstrip(".") or repr(error)
             raise CheckpointError(
                 f"saving step {step} in {self.directory} failed: {reason}. Checkpoints before it are intact: "
-                f"{self._others(step)}. Remove the cause (free some disk space?) and run the same command to continue from the newest of them."
+                f"{self._others(step)}. Remove the cause (free some disk space?) and run the same command to continue from the "
+                "newest of them."
             ) from error
 
     def _remove_unfinished(self, step: int) -> None:
@@ -391,8 +392,7 @@ def _verify(folder: pathlib.Path) -> None:
         raise _Damaged("there is no such step")
     for name, (size, digest) in _read_seal(folder)["files"].items():
         try:
-            found = (folder / name).stat().st_size
-            if found != size:
+            if (found := (folder / name).stat().st_size) != size:
                 raise _Damaged(f"{name} has {found} bytes instead of {size}")
             if _sha256(folder / name) != digest:
                 raise _Damaged(f"{name} does not have the checksum it was written with")

@@ -80,9 +80,9 @@ class Place:
         argv = runs.train(workdir or self.workdir, self.data, *self.flags, *more)
         return programs.start(argv, self.folder / name, fault)
 
-    def train(self, *more: str, fault: Fault | None = None, workdir: pathlib.Path | None = None):
+    def train(self, *more: str, fault: Fault | None = None, workdir: pathlib.Path | None = None, name: str = "program"):
         """Run to the end; (exit status, program). Nothing that it started may outlive it."""
-        program = self.start(*more, fault=fault, workdir=workdir)
+        program = self.start(*more, fault=fault, workdir=workdir, name=name)
         status = program.wait()
         program.check_alone()
         return status, program
@@ -138,11 +138,11 @@ class Place:
         return re.sub(r"pid \d+ on \S+?(?=[);])", "pid 1234 on host", text)
 
     def _undisturbed(self, path: pathlib.Path) -> None:
-        status, program = self.moved().train(workdir=path)
+        status, program = self.moved().train(workdir=path, name="shared")
         assert status == 0, program.err
 
     def _stop(self, path: pathlib.Path, step: int) -> None:
-        status, program = self.moved().train(workdir=path, fault=lambda: stop_at(step))
+        status, program = self.moved().train(workdir=path, fault=lambda: stop_at(step), name="shared")
         assert status == 75, program.err
 
 
