@@ -57,6 +57,11 @@ class Place:
         """The run with the same flags that nothing happened to; made when it is first asked for."""
         return self.made("reference", lambda path: self._undisturbed(path))
 
+    @property
+    def last(self) -> programs.Program:
+        """What was run last."""
+        return programs.Program(0, self.folder / "program")
+
     def step(self, documented: int = 8, among: range = STEPS) -> int:
         return self.draw("step", documented, among)
 
