@@ -5,6 +5,8 @@ import pathlib
 import shutil
 from collections.abc import Callable
 
+import numpy as np
+
 from tests.faults import runs
 from tests.faults.place import Place, Row
 
@@ -13,7 +15,11 @@ Damage = Callable[[Place, bytes, int], bytes]
 
 
 def flip(place: Place, data: bytes, documented: int) -> bytes:
-    at, bit = place.draw("byte", documented, range(len(data))), place.draw("bit", 0, range(8))
+    """Of a byte that is not zero: most of those are padding."""
+    at, bit = (
+        place.draw("byte", documented, np.flatnonzero(np.frombuffer(data, np.uint8)).tolist()),
+        place.draw("bit", 0, range(8)),
+    )
     return data[:at] + bytes([data[at] ^ (1 << bit)]) + data[at + 1 :]
 
 
