@@ -10,6 +10,8 @@ from tests.faults import runs
 from tests.faults.place import Place, Row, at_batch
 
 FULL = "No space left on device"
+SIZES = (*range(4, 100, 4), *range(100, 800, 20))
+"""Of disks, in KiB, from a single page to one with room for the run."""
 
 
 @contextlib.contextmanager
@@ -38,7 +40,7 @@ def fill(path: pathlib.Path, left: int) -> None:
 
 
 def full_while_saving(place: Place) -> Row:
-    with disk(place, f"{place.draw('KiB in all', 300, range(4, 800, 4))}k") as path:
+    with disk(place, f"{place.draw('KiB in all', 300, SIZES)}k") as path:
         here = place.moved(workdir=path / "run")
         status, program = here.train()
         if status == 0:
@@ -53,7 +55,7 @@ def full_while_saving(place: Place) -> Row:
 
 
 def full_of_data(place: Place) -> Row:
-    with disk(place, f"{place.draw('KiB in all', 3072, range(4, 8000, 4))}k") as path:
+    with disk(place, f"{place.draw('KiB in all', 3072, (*SIZES, *range(800, 8000, 50)))}k") as path:
         here = place.moved(data=path / "data")
         status, program = here.train()
         says = here.said(program)

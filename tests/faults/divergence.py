@@ -8,7 +8,7 @@ from tests.faults import runs
 from tests.faults.place import FINAL, Place, Row, at_batch, not_finite, spike, stop_at
 
 LONGER = ("--config.train.duration=24 steps", "--config.train.spike_factor=5")  # a median is of 16 steps or more
-KILLED = "it goes on by itself, and counts; killed two steps later: same command, bit-identical"
+KILLED = "it goes on by itself, and counts; killed too, before or after: same command, bit-identical"
 COUNTERS = {"skip": "skipped", "rollback": "rollbacks"}
 
 Poison = Callable[[dict], dict]

@@ -33,12 +33,17 @@ PREAMBLE = """
 What a run says when something breaks, what is left on disk, and how it continues. Each row was made by breaking a short run
 (`python -m tests.faults --table=docs/faults.md`): one layer of S5 with batch statistics and dropout on ListOps records, a
 checkpoint every 3 steps. "Bit-identical" compares every array of the last checkpoint and every line of metrics.jsonl, but for
-times, with a run that nothing happened to. Some of them again: `--only "disk full while saving"`. Kills at random moments are
-another command: `python -m tests.faults --kills=200 --seed=0`.
+times, with a run that nothing happened to. Some of them again: `--only "disk full while saving"`.
+
+In the table each fault comes at one place. `python -m tests.faults --repeat=20 --seed=0 --minutes=60` makes each so many times
+elsewhere: at any step and in any part of a save, in any file, byte and bit, on a disk of any size, with a clock that jumps by up
+to ten years, to either process. What is drawn is printed; `--only NAME --first=I --repeat=1` does one again. It ends with status
+1 if a run goes on otherwise than it should (`results/cpu/faults/faults.json`: what was drawn, and how each ended). Kills at
+random moments are another command: `python -m tests.faults --kills=200 --seed=0` (`results/cpu/faults/kills.json`).
 
 Exit statuses: 2 what was asked for is wrong or cannot be read or written, 3 a checkpoint failed, 4 diverged, 5 the folder is in
-use, 6 another process failed or is lost, 75 stopped by a signal, 137 `kill -9`, as shells tell it; the same command continues in
-all cases once the cause is gone.
+use, 6 another process failed or is lost, 75 stopped by a signal, 130 by a second Ctrl-C, 137 `kill -9`, as shells tell it; the
+same command continues in all cases once the cause is gone.
 """
 
 
