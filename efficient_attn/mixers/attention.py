@@ -150,7 +150,8 @@ class Attention(nn.Module):
         methods, q, k = self._turned(methods, q, k, at)
         cache.append(k, v, at)
         slots, is_softmax = cache.slots, not methods and self.function is softmax
-        if ctx.paging is not None and q.shape[1] == 1 and is_softmax and self.mask(slots) == masks.Causal():
+        is_plain = q.shape[1] == 1 and is_softmax and self.mask(slots) == masks.Causal()
+        if is_plain and (ctx.paging is not None or (self.implementation is None and cache.attends_in_place(q))):
             name = self.implementation if self.implementation in paged.IMPLEMENTATIONS else None
             return cache.attend(q, scale=self.scale, implementation=name)
         keys, values = cache.read()

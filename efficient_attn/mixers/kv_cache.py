@@ -1,7 +1,8 @@
 """Keys and values of tokens already seen, in the `cache` collection: contiguous, a place for each token of each row; or paged.
 
 Both hold them with heads first, so that what one head reads is contiguous. `of` declares the variables of a layer and returns
-the layout as an object with `append`, which gives the positions of the new tokens, and `read`.
+the layout as an object with `append`, which gives the positions of the new tokens, `read`, and `attend`, for one new token whose
+keys are read where they lie.
 """
 
 import dataclasses
@@ -13,7 +14,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from efficient_attn.mixers.context import Context, Paging
+from kernels import mesh
 from kernels.attention import paged
+
+BLOCK = 64
+"""Tokens of a block where a contiguous cache is seen as blocks."""
 
 Tokens = Float[Array, "B L G D"]
 
@@ -41,6 +46,22 @@ class Contiguous:
     def read(self) -> tuple[Float[Array, "B S G D"], Float[Array, "B S G Dv"]]:
         """Keys and values in order, also those of slots not written yet."""
         return jnp.swapaxes(self.keys.value, 1, 2), jnp.swapaxes(self.values.value, 1, 2)
+
+    def attends_in_place(self, q: Float[Array, "B 1 H D"]) -> bool:
+        """Whether `attend` would run a kernel, which is for programs of one device; otherwise it copies more than `read` does."""
+        alone = mesh.shards((*mesh.ROWS, mesh.MODEL, mesh.SEQ)) == 1
+        return self.slots % BLOCK == 0 and alone and paged.explain(*self._in_blocks(q)[:4]).name in paged.GPU_KERNELS
+
+    def attend(self, q: Float[Array, "B 1 H D"], **options) -> Float[Array, "B 1 H Dv"]:
+        """Causal attention of the newest token."""
+        return paged.attend(*self._in_blocks(q), **options).reshape(*q.shape[:3], -1)
+
+    def _in_blocks(self, q: Float[Array, "B 1 H D"]) -> tuple[Array, ...]:
+        """The arguments of `paged.attend` to which each head of a row is a sequence, whose blocks follow one another."""
+        B, G, slots, _ = self.keys.value.shape
+        pools = (x.value.reshape(1, -1, BLOCK, x.value.shape[3]) for x in (self.keys, self.values))
+        tables = jnp.arange(B * G * slots // BLOCK, dtype=jnp.int32).reshape(B * G, -1)
+        return q.reshape(B * G, -1, q.shape[3]), *pools, tables, jnp.repeat(self.index.value, G)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +93,7 @@ class Paged:
         return k, v
 
     def attend(self, q: Float[Array, "B 1 H D"], **options) -> Float[Array, "B 1 H Dv"]:
-        """Causal attention of the newest token, where the blocks lie."""
+        """Causal attention of the newest token."""
         pools = self.keys.value, self.values.value
         return paged.attend(q[:, 0], *pools, self.paging.tables, self.index.value, **options)[:, None]
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from efficient_attn.arguments import ConfigError
-from efficient_attn.mixers import Attention, Context
+from efficient_attn.mixers import Attention, Context, kv_cache
 from efficient_attn.positions import BIASES, Places, Sizes
-from kernels.attention import attend, biases, masks
+from kernels.attention import attend, biases, masks, paged
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -122,3 +122,23 @@ def test_lengths_are_those_of_documents():
     for positions in (None, jnp.array([[0, 1, 2, 0, 1], [7, 8, 9, 10, 0]])):
         np.testing.assert_array_equal(Places.of_tokens(5, positions, groups, causal=True).q_length, lengths)
     np.testing.assert_array_equal(Places.of_cache(jnp.array([[3, 4], [7, 8]]), 20).kv_length, [[5], [9]])
+
+
+def test_where_a_decode_kernel_is_a_default_it_reads_a_contiguous_cache_in_place(monkeypatch):
+    """As blocks that follow one another, here by the kernel that is interpreted on CPUs."""
+    module = Attention(num_heads=4, num_kv_heads=2, head_dim=8, causal=True)
+    x = jax.random.normal(jax.random.key(0), (2, 8, 16))
+    variables = module.init(jax.random.key(1), x, Context(decode=True))
+    index = {"cache_index": jnp.array([5, 2], jnp.int32)}
+    keys = {name: jax.random.normal(jax.random.key(2 + i), (2, 2, 8, 8)) for i, name in enumerate(("cached_key", "cached_value"))}
+    variables = {"params": variables["params"], "cache": keys | index}
+
+    def step():
+        return jax.jit(lambda: module.apply(variables, x[:, :1], Context(decode=True), mutable=["cache"])[0])()
+
+    expected, calls, run = step(), [], paged.attend
+    monkeypatch.setattr(kv_cache, "BLOCK", 4)
+    monkeypatch.setattr(paged, "preference", lambda platform: ("portable",))
+    monkeypatch.setattr(paged, "attend", lambda *arrays, **options: calls.append(options) or run(*arrays, **options))
+    np.testing.assert_allclose(step(), expected, atol=1e-5)
+    assert len(calls) == 1
