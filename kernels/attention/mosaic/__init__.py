@@ -9,6 +9,8 @@ be traced, so that a ring of devices may use the kernels. ALiBi is a rule in the
 that add by distance alone (T5, KERPLE, Sandwich, one's own) are read a tile at a time (`operands`). The backward pass is two
 kernels without atomics, deterministic (`backward`), and a third for what such a bias learns (`table`).
 
+Few queries against many keys, which is all reading, have a kernel of their own (`decode`), with keys in a row or in blocks.
+
 What it lacks `why_not` names. It has not run on a GPU yet: numerics are checked in JAX's interpreter of these kernels on a CPU,
 with all barriers and copies, and each entry of the block table compiles for an H200 without spills (`python -m kernels.offline
 --op=mosaic --compile`).
