@@ -53,13 +53,17 @@ class Case:
         return int(self.lengths().sum()) * self.kv_heads * self.head_size * 2 * 2
 
     def operands(self) -> tuple[jax.Array, ...]:
-        """q [B, H, D], k and v [B, S, G, D], of which blocks are another view, lengths [B] and block tables [B, N]."""
+        """q [B, H, D], the numbers of k and of v, which rows and blocks are views of, lengths [B] and block tables [B, N]."""
         B, S, G, D = self.batch, self.length, self.kv_heads, self.head_size
         q = jax.random.normal(jax.random.key(0), (B, GROUP * G, D), jnp.bfloat16)
-        k, v = (x.reshape(B, S, G, D) for x in _numbers(B * S * G * D))
         count = S // (self.block_size or S)
         tables = jax.random.permutation(jax.random.key(3), B * count).reshape(B, count)
-        return q, k, v, self.lengths(), tables
+        return q, *_numbers(B * S * G * D), self.lengths(), tables
+
+    def keys(self, numbers: jax.Array) -> jax.Array:
+        """The view as [B, S, G, D], or as [G, P, n, D]."""
+        shape = (self.kv_heads, -1, self.block_size) if self.block_size else (self.batch, self.length, self.kv_heads)
+        return numbers.reshape(*shape, self.head_size)
 
 
 @functools.lru_cache(maxsize=1)
@@ -81,35 +85,38 @@ def cases(tokens: int) -> list[Case]:
     ]
 
 
+BANDWIDTH = {
+    "read": jax.jit(lambda q, k, v, *_: tuple(x.sum(dtype=jnp.float32) for x in (k, v))),
+    "read rows": jax.jit(lambda q, k, v, *_: tuple(x.reshape(-1, 4096).sum(axis=1, dtype=jnp.float32) for x in (k, v))),
+    "copy": jax.jit(lambda q, k, v, *_: (-k, -v)),
+}
+
+
 def forms(case: Case, blocks: list[decode.Blocks]) -> dict[str, Callable]:
     """Functions of `operands`: the bandwidth's, ours and the library's."""
-    found = {
-        "read": lambda q, k, v, *_: tuple(x.sum(dtype=jnp.float32) for x in (k, v)),
-        "read rows": lambda q, k, v, *_: tuple(x.reshape(-1, 4096).sum(axis=1, dtype=jnp.float32) for x in (k, v)),
-        "copy": lambda q, k, v, *_: (-k, -v),
-    }
+    found = dict(BANDWIDTH)
     if jax.default_backend() != "cpu":
-        found["mosaic"] = _of(case, decode.Options())
-        found |= {f"mosaic {','.join(map(str, x))}": _of(case, decode.Options(x)) for x in blocks}
+        ours = {"mosaic": decode.Options()} | {f"mosaic {','.join(map(str, x))}": decode.Options(x) for x in blocks}
+        found |= {name: _compiled(case, functools.partial(_ours, case, options)) for name, options in ours.items()}
     if case.block_size:
-        return found | {f"paged {name}": _of(case, name) for name in ("reference", "portable")}
-    return found | {name: functools.partial(_library, name) for name in ("cudnn", "xla")}
+        return found | {f"paged {name}": _compiled(case, functools.partial(_paged, name)) for name in ("reference", "portable")}
+    return found | {name: _compiled(case, functools.partial(_library, name)) for name in ("cudnn", "xla")}
 
 
-def _of(case: Case, which: decode.Options | str) -> Callable:
-    """Our kernel as the options cut it, or the implementation of `paged.attend` of that name."""
-    n, scale = case.block_size, case.head_size**-0.5
+def _compiled(case: Case, form: Callable) -> Callable:
+    return jax.jit(lambda q, k, v, *rest: form(q, case.keys(k), case.keys(v), *rest))
 
-    def in_a_row(q, k, v, lengths, tables):
-        return decode.attend_rows(q[:, None], k, v, lengths[:, None], softcap=None, scale=scale, options=which)
 
-    def in_blocks(q, k, v, lengths, tables):
-        pools = (x.reshape(case.kv_heads, -1, n, case.head_size) for x in (k, v))
-        if isinstance(which, str):
-            return paged.attend(q, *pools, tables, lengths, implementation=which)
-        return decode.attend_blocks(q, *pools, tables, lengths, softcap=None, scale=scale, options=which)
+def _ours(case: Case, options: decode.Options, q, k, v, lengths, tables):
+    """The kernel as the options cut it."""
+    settings = {"softcap": None, "scale": case.head_size**-0.5, "options": options}
+    if case.block_size:
+        return decode.attend_blocks(q, k, v, tables, lengths, **settings)
+    return decode.attend_rows(q[:, None], k, v, lengths[:, None], **settings)
 
-    return in_blocks if n else in_a_row
+
+def _paged(name: str, q, k, v, lengths, tables):
+    return paged.attend(q, k, v, tables, lengths, implementation=name)
 
 
 def _library(name: str, q, k, v, lengths, tables):
@@ -121,9 +128,9 @@ def _library(name: str, q, k, v, lengths, tables):
 def measure(case: Case, args: argparse.Namespace) -> dict[str, Any]:
     """One row."""
     arrays, runs, left_out = case.operands(), {}, {}
-    starts = {name: functools.partial(_compiled, form, arrays) for name, form in forms(case, args.blocks).items()}
+    starts = {name: lambda form=form: lambda: form(*arrays) for name, form in forms(case, args.blocks).items()}
     if not case.block_size:
-        torch = functools.partial(gpu_peers.torch_decode, *arrays[:2])
+        torch = functools.partial(gpu_peers.torch_decode, case.batch, case.length, case.kv_heads, GROUP, case.head_size)
         starts |= {f"torch {backend}": functools.partial(torch, backend) for backend in ("flash", "efficient", "cudnn")}
     for name, start in starts.items():
         try:
@@ -133,11 +140,6 @@ def measure(case: Case, args: argparse.Namespace) -> dict[str, Any]:
             runs.pop(name, None)
             left_out[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
     return {"case": str(case), "bytes": case.bytes(), "contestants": _figures(case, runs, args), "left out": left_out}
-
-
-def _compiled(form: Callable, arrays: tuple) -> Callable[[], Any]:
-    step = jax.jit(form)
-    return lambda: step(*arrays)
 
 
 def _figures(case: Case, runs: dict[str, Callable], args: argparse.Namespace) -> dict[str, Any]:
@@ -154,7 +156,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="cases whose name has these words")
     parser.add_argument("--blocks", nargs="+", type=_blocks, default=[], help="keys of a tile, stages, consumers: 64,4,2")
     parser.add_argument("--tokens", type=int, default=TOKENS)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="8192 tokens at most")
     parser.add_argument("--out", help="by default results/<device>/decode.json")
     args = parser.parse_args()

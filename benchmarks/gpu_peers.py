@@ -82,18 +82,18 @@ def _torch_passes(run, *arrays) -> Passes:
     return {"forward": forward, "backward": backward}
 
 
-def torch_decode(q: jax.Array, k: jax.Array, backend: str) -> Callable[[], Any]:
-    """One query a sequence against keys and values of these shapes, [B, H, D] and [B, S, G, D], in PyTorch's own layout."""
+def torch_decode(B: int, S: int, G: int, group: int, D: int, backend: str) -> Callable[[], Any]:
+    """One query of G groups of heads against S keys and values, for each of B sequences, in PyTorch's own layout."""
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    (B, S, G, D), H = k.shape, q.shape[1]
-    ours, keys, values = (torch.randn(B, *x, D, device="cuda", dtype=torch.bfloat16) for x in ((H, 1), (G, S), (G, S)))
+    shapes = (G * group, 1), (G, S), (G, S)
+    q, k, v = (torch.randn(B, *shape, D, device="cuda", dtype=torch.bfloat16) for shape in shapes)
     which = {"flash": "FLASH_ATTENTION", "efficient": "EFFICIENT_ATTENTION", "cudnn": "CUDNN_ATTENTION"}[backend]
 
     def run():
         with torch.no_grad(), sdpa_kernel(getattr(SDPBackend, which)):
-            torch.nn.functional.scaled_dot_product_attention(ours, keys, values, enable_gqa=H != G)
+            torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=group > 1)
         return _Done()
 
     return run
