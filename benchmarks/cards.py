@@ -26,7 +26,7 @@ def assembler() -> str:
     if ptxas is None:
         return "no ptxas on the path; jaxlib uses its own or that of its CUDA wheels"
     text = subprocess.run([ptxas, "--version"], capture_output=True, text=True, check=True).stdout
-    return re.search(r"V(\S+)", text)[1]
+    return re.search(r"\bV(\d[\d.]*)", text)[1]
 
 
 def clocks() -> str:

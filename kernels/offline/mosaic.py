@@ -32,17 +32,19 @@ LENGTH, HEADS, KV_HEADS = 4096, 8, 4
 
 class Pattern(NamedTuple):
     """A mask, whether segment ids tell packed documents apart, the soft-cap of scores, a bias (of what makes float32 arrays of a
-    shape, a number of heads and a length), and whether positions are traced."""
+    shape, a number of heads and a length), whether positions are traced, and the length."""
 
     mask: masks.Mask
     documents: bool = False
     softcap: float | None = None
     bias: Callable[[Callable, int, int], biases.Bias] | None = None
     positions: bool = False
+    length: int = LENGTH
 
 
 MASKS = {
     "full": Pattern(masks.Full()),
+    "ragged": Pattern(masks.Full(), length=LENGTH - 100),
     "causal": Pattern(masks.Causal()),
     "window": Pattern(masks.Causal() & masks.Window(1024)),
     "documents": Pattern(masks.Causal(), documents=True),
@@ -92,7 +94,7 @@ def masks_of(name: str, head_size: int) -> list[str]:
     return [mask for mask, p in MASKS.items() if head_size <= MAX_BIASED or (p.bias, p.softcap) == (None, None)]
 
 
-def lower(kernel: Kernel, length: int = LENGTH, sharding: Any = None) -> jax.stages.Lowered:
+def lower(kernel: Kernel, length: int | None = None, sharding: Any = None) -> jax.stages.Lowered:
     """The program that runs `kernel` alone, lowered for CUDA: for the device of `sharding`, or for an H200 nowhere."""
     dtype, size = jnp.dtype(kernel.dtype), kernel.head_size
 
@@ -100,6 +102,7 @@ def lower(kernel: Kernel, length: int = LENGTH, sharding: Any = None) -> jax.sta
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
     pattern = MASKS[kernel.mask]
+    length = length or pattern.length
     q, kv = (array((1, length, heads, size), dtype) for heads in (HEADS, KV_HEADS))
     row, integers = array((1, HEADS, length), jnp.float32), array((1, length), jnp.int32)
     given = {"q_segments": integers, "kv_segments": integers} if pattern.documents else {}
@@ -117,7 +120,7 @@ def call_of(q, k, v, mask: str) -> Call:
     return Call(q, k, v, *[None] * 6, mask=pattern.mask, softcap=pattern.softcap, scale=q.shape[3] ** -0.5)
 
 
-def compile_figures(kernel: Kernel, length: int = LENGTH) -> dict[str, int]:
+def compile_figures(kernel: Kernel, length: int | None = None) -> dict[str, int]:
     """What XLA and ptxas make of a kernel for an H200."""
     return figures_of(lambda sharding: lower(kernel, length, sharding))
 

@@ -28,6 +28,7 @@ from kernels.attention.mosaic.program import (
     run_roles,
     stored,
     vector,
+    visits,
     walk,
 )
 from kernels.attention.mosaic.tile import Tile, of_bias, of_keys, of_queries, vectors
@@ -99,29 +100,39 @@ def _consume(gpu, tiling: Tiling, call: Call, listed: lists.Lists, outputs, rows
     load(loaded, list(zip([call.q.at[b, own, head], *of_queries(call, b, own)], buffers, strict=True)))
     q, *integers = buffers
     integers = [gpu.load(ref, 0) for ref in integers]
-    bias = of_bias(call, b, head)
+    bias, total, stages = of_bias(call, b, head), visits(listed, head, row), tiling.blocks.stages
+
+    def keys(n):
+        """Of visit n, once they are there; after the last visit what is in the slot, for a product that nothing uses."""
+        of_k, _ = ring.slot(n, stages)
+
+        @pl.when(n < total)
+        def _():
+            of_k.wait()
+
+        return of_k.refs[0]
 
     def visit(n, column, pattern, tested, carry):
-        of_k, of_v = ring.slot(n, tiling.blocks.stages)
-        (k, *along), pairs = apart(call, tiling, of_k.wait(), pattern, consumer)
+        *statistics, acc, products = carry
+        of_k, of_v = ring.slot(n, stages)
+        (_, *along), pairs = apart(call, tiling, of_k.refs, pattern, consumer)
         of_tile = integers, [gpu.load(ref, 1) for ref in along]
         tile = Tile(gpu, tiling, call, head, query, column * tiling.kv_tile, tested, of_tile, **pairs)
-        products = gpu.product(q, k)
+        if not (along or pairs):
+            of_k.release()
+        *statistics, acc, weights = _online_softmax(tile, products, bias, *statistics, acc)
+        if along or pairs:
+            of_k.release()
+        following, [v] = keys(n + 1), of_v.wait()
         turn.swap()
-        if not pairs:
-            of_k.release()
-        *statistics, acc, weights = _online_softmax(tile, products, bias, *carry)
-        if pairs:
-            of_k.release()
-        turn.finish()
-        acc = gpu.add_product(acc, weights, *of_v.wait())
+        products, acc = gpu.product_and_sum(q, following, acc, weights, v, turn.swap)
         of_v.release()
-        return *statistics, acc
+        return *statistics, acc, products
 
     size = (tiling.blocks.own,)
-    state = gpu.full(size, -jnp.inf), gpu.full(size, 0.0), gpu.full(q.shape, 0.0)
+    state = gpu.full(size, -jnp.inf), gpu.full(size, 0.0), gpu.full(q.shape, 0.0), gpu.product(q, keys(jnp.int32(0)))
     turn.start(consumer)
-    _, (m, l, acc) = walk(listed, head, row, visit, (jnp.int32(0), state))
+    _, (m, l, acc, _) = walk(listed, head, row, visit, (jnp.int32(0), state))
     turn.end(consumer)
     l_or_one = jnp.where(l == 0, 1, l)
     q[...] = (acc * lax.broadcast_in_dim(1 / l_or_one, acc.shape, [0])).astype(q.dtype)  # the queries have been used
@@ -134,10 +145,10 @@ def _consume(gpu, tiling: Tiling, call: Call, listed: lists.Lists, outputs, rows
 
 def _online_softmax(tile: Tile, products, bias, m, l, acc):
     """m, l and acc rescaled for this tile's scores, and the tile's weights (Milakov & Gimelshein 2018), in base 2."""
-    s, _ = tile.scores(products, bias)
-    m_new = jnp.maximum(m, s.max(axis=1))
+    s, factor = tile.unscaled(products, bias)
+    m_new = jnp.maximum(m, s.max(axis=1) * factor)
     shift = jnp.where(m_new == -jnp.inf, 0, m_new) if tile.tested or tile.added is not None else m_new
-    p = jnp.exp2(s - lax.broadcast_in_dim(shift, s.shape, [0]))
+    p = jnp.exp2(s * factor - lax.broadcast_in_dim(shift, s.shape, [0]))
     rescale = jnp.exp2(m - shift)
     l = rescale * l + p.sum(axis=1)
     return m_new, l, acc * lax.broadcast_in_dim(rescale, acc.shape, [0]), p.astype(tile.call.v.dtype)
@@ -159,13 +170,10 @@ class Turn:
         self._once(consumer == 0)
 
     def swap(self) -> None:
-        """Between the first product and the softmax."""
+        """Between the softmax and the products, and again when these are in flight."""
         if self.active:
             plgpu.barrier_arrive(self.barrier)
             plgpu.barrier_wait(self.barrier)
-
-    finish = swap
-    """Between the softmax and the second product."""
 
     def _once(self, condition) -> None:
         if self.active:

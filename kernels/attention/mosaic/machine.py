@@ -48,6 +48,21 @@ class Hopper:
 
         return pl.run_scoped(multiply, plgpu.ACC((a.shape[0], b.shape[0]), jnp.float32))
 
+    def product_and_sum(self, a, b, total: jax.Array, c: jax.Array, d, meanwhile) -> tuple[jax.Array, jax.Array]:
+        """a b^T and total + c d, c in registers, one right behind the other on the tensor cores; `meanwhile()` in their time."""
+
+        def multiply(products):
+            plgpu.wgmma(products, a, compat.mosaic_transposed(b))
+
+            def add(ref):
+                plgpu.wgmma(ref, c, d)
+                meanwhile()
+
+            return pl.run_state(add)(plgpu.ACC.init(total)), products[...]
+
+        summed, products = pl.run_scoped(multiply, plgpu.ACC((a.shape[0], b.shape[0]), jnp.float32))
+        return products, summed
+
     def add_transposed(self, total: jax.Array, a, b) -> jax.Array:
         """total + a b^T, of references to shared memory."""
         return pl.run_state(lambda ref: plgpu.wgmma(ref, a, compat.mosaic_transposed(b)))(plgpu.ACC.init(total))
@@ -85,6 +100,11 @@ class Interpreted:
 
     def product(self, a, b):
         return _dot(a[...], b[...], 1)
+
+    def product_and_sum(self, a, b, total, c, d, meanwhile):
+        results = self.product(a, b), self.add_product(total, c, d)
+        meanwhile()
+        return results
 
     def add_transposed(self, total, a, b):
         return total + _dot(a[...], b[...], 1)

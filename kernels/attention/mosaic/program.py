@@ -162,7 +162,7 @@ def walk(listed: Lists, head, line, visit: Callable, state):
 
     state is (n, carry); pattern is a list of the reference to the tile's allowed pairs, empty where the mask is evaluated.
     """
-    start, first_tested, end = (listed.bounds[head if listed.heads > 1 else 0, line, i] for i in range(3))
+    start, first_tested, end = _bounds(listed, head, line)
 
     def body(tested, t, state):
         n, carry = state
@@ -174,6 +174,16 @@ def walk(listed: Lists, head, line, visit: Callable, state):
     if listed.any_tested:
         state = lax.fori_loop(first_tested, end, functools.partial(body, True), state)
     return state
+
+
+def visits(listed: Lists, head, line) -> jax.Array:
+    """The number of tiles of a line."""
+    start, _, end = _bounds(listed, head, line)
+    return end - start
+
+
+def _bounds(listed: Lists, head, line) -> list[jax.Array]:
+    return [listed.bounds[head if listed.heads > 1 else 0, line, i] for i in range(3)]
 
 
 def run_roles(machine, tiling: Tiling | Cut, produce: Callable[[], None], consume: Callable[[Any], None]) -> None:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from kernels.attention import masks
 from kernels.attention.call import Call
 from kernels.attention.mosaic.operands import Added
 from kernels.attention.mosaic.tiling import Tiling
@@ -65,6 +66,12 @@ class Tile:
 
         return self._masked(s * LOG2E), pullback
 
+    def unscaled(self, products: jax.Array, bias: Sequence[jax.Array] = ()) -> tuple[jax.Array, float]:
+        """An array and a positive factor whose product are the scores: a factor that waits fuses with what follows it."""
+        if self.call.bias is None and self.call.softcap is None and self.call.scale > 0:
+            return self._masked(products), self.call.scale * LOG2E
+        return self.scores(products, bias)[0], 1.0
+
     def _biased(self, s: jax.Array, leaves: Sequence[jax.Array]) -> jax.Array:
         by_row = [leaf if leaf.ndim == 0 else lax.broadcast_in_dim(leaf, s.shape, [0]) for leaf in leaves]
         bias = jax.tree.unflatten(jax.tree.structure(self.call.bias), by_row)
@@ -74,12 +81,13 @@ class Tile:
         return jnp.where(self._allowed(s.shape), s, -jnp.inf) if self.tested else s
 
     def _allowed(self, shape: tuple[int, int]) -> jax.Array:
-        if self.stored is None:
-            allowed = self.call.mask.allowed(*self._positions(shape))
-        else:
+        """Nothing is computed here that nothing uses: the search for layouts, which takes all in, would not end."""
+        if self.stored is not None:
             allowed = self.machine.load_matrix(self.stored, jnp.int32) != 0
+        else:
+            allowed = self.call.mask == masks.Full() or self.call.mask.allowed(*self._positions(shape))
         if self.tiling.S % self.tiling.kv_tile:
-            inside = self._indices(shape)[1] < self.tiling.S
+            inside = self._keys(shape) < self.tiling.S
             allowed = inside if allowed is True else allowed & inside
         if self.call.q_segments is not None:
             rows, columns = (lax.broadcast_in_dim(ids[0], shape, [axis]) for axis, ids in enumerate(self.vectors))
@@ -89,14 +97,16 @@ class Tile:
     def _positions(self, shape: tuple[int, int]) -> tuple[jax.Array, jax.Array]:
         """Of queries and of keys, each in the shape of the tile."""
         if self.call.q_positions is None:
-            q, kv = self._indices(shape)
-            return q + (self.tiling.S - self.tiling.L), kv
+            return self._queries(shape) + (self.tiling.S - self.tiling.L), self._keys(shape)
         sides = [lax.broadcast_in_dim(vectors[-1], shape, [axis]) for axis, vectors in enumerate(self.vectors)]
         return tuple(reversed(sides) if self.transposed else sides)
 
-    def _indices(self, shape: tuple[int, int]) -> tuple[jax.Array, jax.Array]:
-        q_axis, kv_axis = (1, 0) if self.transposed else (0, 1)
-        return self.machine.iota(shape, q_axis) + self.query, self.machine.iota(shape, kv_axis) + self.key
+    def _queries(self, shape: tuple[int, int]) -> jax.Array:
+        """Their indices."""
+        return self.machine.iota(shape, 1 if self.transposed else 0) + self.query
+
+    def _keys(self, shape: tuple[int, int]) -> jax.Array:
+        return self.machine.iota(shape, 0 if self.transposed else 1) + self.key
 
 
 def vectors(call: Call) -> int:
