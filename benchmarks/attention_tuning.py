@@ -25,8 +25,8 @@ from benchmarks import cards, harness
 from kernels import devices
 from kernels.attention.adjoint import Rows
 from kernels.attention.mosaic.tiling import HEAD_SIZES, Blocks, plan, table
+from kernels.devices import SHARED_BYTES
 from kernels.offline import mosaic
-from kernels.offline.compiler import SHARED_BYTES
 
 SCREENED = "results/offline/mosaic-candidates-h200.json"
 TOKENS, WIDTH, LENGTH = 16384, 2048, 4096

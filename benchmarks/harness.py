@@ -67,7 +67,7 @@ class Peer:
 
 
 def environment() -> dict[str, Any]:
-    """What the figures were measured on; the commit is $COMMIT where the tree was copied without its history."""
+    """What the figures were measured on; the commit is $COMMIT where a copied tree has another history."""
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
     cpuinfo = pathlib.Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
@@ -78,7 +78,7 @@ def environment() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "jax": jax.__version__,
         "python": platform.python_version(),
-        "commit": git.stdout.strip() or os.environ.get("COMMIT", "not a git checkout"),
+        "commit": os.environ.get("COMMIT") or git.stdout.strip() or "not a git checkout",
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 

@@ -19,6 +19,9 @@ FOLDER = pathlib.Path(__file__).parent
 FALLBACK = "NVIDIA H200"
 """Whose block sizes hold for devices without a file of their own."""
 
+SHARED_BYTES = 227 * 1024
+"""What a program may have of a Hopper processor's shared memory."""
+
 
 def slug(kind: str) -> str:
     """The kind of a device as a file's name: NVIDIA H200 is nvidia-h200."""

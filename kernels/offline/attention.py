@@ -20,7 +20,8 @@ from kernels.attention.adjoint import Rows
 from kernels.attention.call import Call
 from kernels.attention.portable import backward, forward, lists
 from kernels.attention.portable.tiling import BLOCKS, FLOAT32_BLOCKS, Blocks, Tiling, plan
-from kernels.offline.compiler import SHARED_BYTES, compile_triton, h200, link_cuda, triton_calls
+from kernels.devices import SHARED_BYTES
+from kernels.offline.compiler import compile_triton, h200, link_cuda, triton_calls
 
 LENGTH, HEADS, KV_HEADS = 4096, 8, 4
 MASKS = {"full": masks.Full(), "causal": masks.Causal(), "window": masks.Causal() & masks.Window(1024)}

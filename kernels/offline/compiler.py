@@ -17,9 +17,6 @@ import jax
 
 from kernels import compat
 
-SHARED_BYTES = 227 * 1024
-"""What a program may have of an H200's shared memory."""
-
 POINTERS = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
 
 TARGET = """

@@ -25,7 +25,8 @@ from kernels.attention.mosaic import backward, forward
 from kernels.attention.mosaic import table as table_pass
 from kernels.attention.mosaic.api import MAX_BIASED
 from kernels.attention.mosaic.tiling import Blocks, Plan, plan, table
-from kernels.offline.compiler import SHARED_BYTES, h200, link_cuda
+from kernels.devices import SHARED_BYTES
+from kernels.offline.compiler import h200, link_cuda
 
 LENGTH, HEADS, KV_HEADS = 4096, 8, 4
 

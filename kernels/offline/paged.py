@@ -10,7 +10,8 @@ import jax.numpy as jnp
 
 from kernels import compat
 from kernels.attention import paged
-from kernels.offline.compiler import SHARED_BYTES, compile_triton, triton_calls
+from kernels.devices import SHARED_BYTES
+from kernels.offline.compiler import compile_triton, triton_calls
 
 SEQUENCES, LENGTH, HEADS, KV_HEADS, POOL = 8, 4096, 32, 8, 4096
 

@@ -19,7 +19,8 @@ import jax
 import jax.numpy as jnp
 
 from kernels import compat
-from kernels.offline.compiler import SHARED_BYTES, TritonCall, compile_source, compile_triton, requested_bytes, triton_calls
+from kernels.devices import SHARED_BYTES
+from kernels.offline.compiler import TritonCall, compile_source, compile_triton, requested_bytes, triton_calls
 from kernels.scan import portable, selective_blocks, selective_portable, ssd_triton, triton
 from kernels.scan.selective_blocks import Plan
 from kernels.scan.selective_reference import Inputs

@@ -8,8 +8,7 @@ from jaxtyping import Array, Float
 
 from kernels.attention.adjoint import differentiable
 from kernels.attention.call import Call, Spec
-from kernels.attention.mosaic.operands import EVALUATED
-from kernels.attention.mosaic.tiling import HEAD_SIZES, Blocks, is_stored, plan
+from kernels.attention.mosaic.tiling import EVALUATED, HEAD_SIZES, Blocks, is_stored, plan
 
 DTYPES = ("bfloat16", "float16")
 

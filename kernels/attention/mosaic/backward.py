@@ -19,7 +19,7 @@ from kernels.attention.biases import Axes, Bias
 from kernels.attention.call import Call
 from kernels.attention.mosaic import table
 from kernels.attention.mosaic.machine import machine
-from kernels.attention.mosaic.operands import added_to, in_base_2, pad
+from kernels.attention.mosaic.operands import in_base_2, pad
 from kernels.attention.mosaic.program import (
     Ring,
     apart,
@@ -35,7 +35,7 @@ from kernels.attention.mosaic.program import (
     walk,
 )
 from kernels.attention.mosaic.tile import Tile, of_bias, of_keys, of_queries, vectors
-from kernels.attention.mosaic.tiling import Plan, Tiling, is_stored
+from kernels.attention.mosaic.tiling import Plan, Tiling, added_to, is_stored
 from kernels.attention.portable import lists
 
 

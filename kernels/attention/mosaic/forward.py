@@ -1,7 +1,9 @@
-"""The forward kernel: FlashAttention-3's producer and ping-pong consumers (Shah et al. 2024, arXiv 2407.08608, algorithm 1).
+"""The forward kernel: FlashAttention-3's producer and consumers (Shah et al. 2024, arXiv 2407.08608, algorithms 1 and 2).
 
 A program owns a block of queries of one head. Its producer copies the keys and values that the mask's block table lists; each
-consumer computes an online softmax over them for rows of its own, in base 2.
+consumer computes an online softmax over them for rows of its own, in base 2. Scores are computed a visit ahead (the paper's
+section 3.2), so that a visit's two products run one right behind the other: the next tile's scores, and this tile's sum of
+values. After the last visit the scores of no tile are computed once, which nothing uses.
 """
 
 import functools
@@ -125,7 +127,8 @@ def _consume(gpu, tiling: Tiling, call: Call, listed: lists.Lists, outputs, rows
             of_k.release()
         following, [v] = keys(n + 1), of_v.wait()
         turn.swap()
-        products, acc = gpu.product_and_sum(q, following, acc, weights, v, turn.swap)
+        products, acc = gpu.product_and_sum(q, following, acc, weights, v)
+        turn.swap()
         of_v.release()
         return *statistics, acc, products
 
@@ -170,7 +173,7 @@ class Turn:
         self._once(consumer == 0)
 
     def swap(self) -> None:
-        """Between the softmax and the products, and again when these are in flight."""
+        """Between the softmax and the products, and again when these are there."""
         if self.active:
             plgpu.barrier_arrive(self.barrier)
             plgpu.barrier_wait(self.barrier)

@@ -48,20 +48,15 @@ class Hopper:
 
         return pl.run_scoped(multiply, plgpu.ACC((a.shape[0], b.shape[0]), jnp.float32))
 
-    def product_and_sum(self, a, b, total: jax.Array, c: jax.Array, d, meanwhile) -> tuple[jax.Array, jax.Array]:
-        """a b^T and total + c d, c in registers, one right behind the other on the tensor cores; `meanwhile()` in their time."""
+    def product_and_sum(self, a, b, total: jax.Array, c: jax.Array, d) -> tuple[jax.Array, jax.Array]:
+        """a b^T and total + c d, for c in registers, one right behind the other on the tensor cores."""
 
         def multiply(products):
             plgpu.wgmma(products, a, compat.mosaic_transposed(b))
+            summed = self.add_product(total, c, d)
+            return products[...], summed
 
-            def add(ref):
-                plgpu.wgmma(ref, c, d)
-                meanwhile()
-
-            return pl.run_state(add)(plgpu.ACC.init(total)), products[...]
-
-        summed, products = pl.run_scoped(multiply, plgpu.ACC((a.shape[0], b.shape[0]), jnp.float32))
-        return products, summed
+        return pl.run_scoped(multiply, plgpu.ACC((a.shape[0], b.shape[0]), jnp.float32))
 
     def add_transposed(self, total: jax.Array, a, b) -> jax.Array:
         """total + a b^T, of references to shared memory."""
@@ -101,10 +96,8 @@ class Interpreted:
     def product(self, a, b):
         return _dot(a[...], b[...], 1)
 
-    def product_and_sum(self, a, b, total, c, d, meanwhile):
-        results = self.product(a, b), self.add_product(total, c, d)
-        meanwhile()
-        return results
+    def product_and_sum(self, a, b, total, c, d):
+        return self.product(a, b), self.add_product(total, c, d)
 
     def add_transposed(self, total, a, b):
         return total + _dot(a[...], b[...], 1)

@@ -21,12 +21,9 @@ from kernels.attention import biases
 from kernels.attention.adjoint import Rows
 from kernels.attention.biases import Bias
 from kernels.attention.call import Call
-from kernels.attention.mosaic.tiling import Tiling
+from kernels.attention.mosaic.tiling import Tiling, added_to
 from kernels.attention.portable import tiling as portable
 from kernels.attention.portable.tiling import pad_axis
-
-EVALUATED = ("ALiBi",)
-"""The rules, with one number a head, that kernels evaluate, at positions traced or not; others' registers spill."""
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -70,11 +67,6 @@ class Added:
 def _tile(tiling: Tiling) -> tuple[int, int]:
     """A program's own rows, and the columns of a tile."""
     return tiling.blocks.owners * tiling.blocks.own, tiling.blocks.visited
-
-
-def added_to(call: Call) -> bool:
-    """Whether the call's bias reaches kernels as numbers."""
-    return call.bias is not None and type(call.bias).__name__ not in EVALUATED
 
 
 def pad(call: Call, tiling: Tiling, transposed: bool = False) -> Call:

@@ -8,6 +8,7 @@ from kernels.attention import biases, masks, tiles
 from kernels.attention.call import Call
 from kernels.attention.portable import lists
 from kernels.attention.portable.tiling import Cut
+from kernels.devices import SHARED_BYTES
 
 HEAD_SIZES = (64, 128, 256)
 """Head sizes with entries in the block table of each pass; that of what biases add, where there are biases."""
@@ -16,6 +17,12 @@ WORTH = 0.8
 """Narrow tiles are taken where they visit at most so much of the pairs that those of the table do."""
 
 PASSES = ("forward", "dkv", "dq", "table")
+
+EVALUATED = ("ALiBi",)
+"""The rules, with one number a head, that kernels evaluate, at positions traced or not; others' registers spill."""
+
+SLACK = 3072
+"""Bytes of shared memory for barriers, and for what is aligned."""
 
 REGISTERS = {2: (240, 24), 3: (160, 32)}
 """By the number of consumers: registers that each thread of a consumer may have, and of the producer; 64 Ki a processor."""
@@ -79,7 +86,8 @@ def plan(call: Call, interpret: bool, blocks: dict[str, Blocks] | None = None) -
     sizes = blocks or {name: entries[head_size] for name, entries in table(devices.here()).items() if head_size in entries}
 
     def tiling(name: str) -> Tiling:
-        cuts = [_cut(name, size, L, S, interpret) for size in _widths(_relieved(name, sizes[name], head_size, call))]
+        relieved = _relieved(name, sizes[name], head_size, call)
+        cuts = [_cut(name, _fitted(name, size, head_size, call), L, S, interpret) for size in _widths(relieved)]
         known = call.q_positions is None and call.kv_positions is None
         return cuts[-1] if known and _pairs(call.mask, cuts[-1]) <= WORTH * _pairs(call.mask, cuts[0]) else cuts[0]
 
@@ -110,6 +118,32 @@ def _relieved(name: str, size: Blocks, head_size: int, call: Call) -> Blocks:
     if call.bias is not None and not (name == "forward" and isinstance(call.bias, biases.ALiBi)):
         size = size._replace(visited=min(size.visited, 64))  # what it adds, or the distances for its gradient, take some too
     return size
+
+
+def added_to(call: Call) -> bool:
+    """Whether the call's bias reaches kernels as numbers."""
+    return call.bias is not None and type(call.bias).__name__ not in EVALUATED
+
+
+def _fitted(name: str, size: Blocks, head_size: int, call: Call) -> Blocks:
+    """These blocks with fewer stages, where what comes with each pair of a tile would not fit in shared memory beside as many."""
+    stages = [
+        n for n in range(size.stages, 0, -1) if _shared_bytes(name, size._replace(stages=n), head_size, call) <= SHARED_BYTES
+    ]
+    return size._replace(stages=stages[0]) if stages else size
+
+
+def _shared_bytes(name: str, size: Blocks, head_size: int, call: Call) -> int:
+    """What a program takes of shared memory."""
+    rows, pairs = size.owners * size.own, size.owners * size.own * size.visited
+    number = (call.bias.table.dtype.itemsize if isinstance(call.bias, biases.Dense) else 4) if added_to(call) else 0
+    of_row, of_vectors = head_size * call.q.dtype.itemsize, 4 * 4
+    if name == "table":
+        own, stage = 2 * pairs * number, 2 * (rows + size.visited) * of_row + pairs * is_stored(call.mask)
+    else:
+        own = (1 if name == "forward" else 2) * rows * of_row
+        stage = 2 * size.visited * of_row + pairs * (number + is_stored(call.mask))
+    return own + rows * of_vectors + size.stages * (stage + size.visited * of_vectors) + SLACK
 
 
 def is_stored(mask: masks.Mask) -> bool:
