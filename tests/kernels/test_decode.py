@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from kernels import compat
-from kernels.attention import biases, explain, masks, numerics, paged, reference
+from kernels.attention import biases, chunked, explain, masks, numerics, paged, reference
 from kernels.attention.mosaic import decode
 from kernels.attention.numerics import Case
 from kernels.offline import decode as offline
@@ -36,7 +36,7 @@ INTERPRETED = {
 @pytest.mark.parametrize(("case", "block_size", "options"), INTERPRETED.values(), ids=INTERPRETED)
 def test_meets_the_criterion_interpreted(case, block_size, options, quick_compile):
     run = functools.partial(decode.attend_blocks, options=options)
-    run = numerics.in_blocks(run, block_size) if block_size else functools.partial(decode.attend, options=options)
+    run = numerics.in_blocks(run, block_size) if block_size else functools.partial(decode.attend, chunked.attend, options=options)
     found = numerics.check(run, case, runs=1, forward_only=True)
     assert found["passed"], found
 
@@ -81,7 +81,8 @@ def array(*shape, dtype=jnp.bfloat16):
 Q, KV = array(2, 1, 8, 64), array(2, 128, 2, 64)
 REFUSED = {
     "a window": ((Q, KV, KV), {"mask": masks.Causal() & masks.Window(9)}, "it has the masks Full and Causal, not And"),
-    "many tokens": ((array(2, 17, 8, 64), KV, KV), {}, "64 rows for the query heads of a group and their tokens, not 68"),
+    "many rows": ((array(2, 16, 10, 64), KV, KV), {}, "64 rows for the query heads of a group and their tokens, not 80"),
+    "many tokens": ((array(2, 16, 8, 64), *[array(2, 64, 2, 64)] * 2), {}, "at most 1 / 8 of the keys, not 16 of 64"),
     "odd lengths": ((Q, *[array(2, 100, 2, 64)] * 2), {}, "keys must be a multiple of 64, not 100"),
     "positions of keys": ((Q, KV, KV), {"kv_positions": array(128, dtype=jnp.int32)}, "keys must be at their default positions"),
     "float32": ([array(*x.shape, dtype=jnp.float32) for x in (Q, KV, KV)], {}, "tensor cores take bfloat16 and float16"),
@@ -113,6 +114,7 @@ def test_gradients_are_those_of_the_tiled_form(monkeypatch, quick_compile):
         out, lse = run(dataclasses.replace(call, q=q, k=k, v=v))
         return (out * jnp.arange(64.0)[None, None, None]).sum() + jnp.where(jnp.isfinite(lse), lse, 0).sum()
 
-    gradients = [jax.jit(jax.grad(functools.partial(loss, run), (0, 1, 2))) for run in (decode.attend, reference.attend)]
+    runs = functools.partial(decode.attend, chunked.attend), reference.attend
+    gradients = [jax.jit(jax.grad(functools.partial(loss, run), (0, 1, 2))) for run in runs]
     for ours, expected in zip(*(gradient(call.q, call.k, call.v) for gradient in gradients)):
         np.testing.assert_allclose(ours, expected, atol=1e-4)

@@ -6,6 +6,7 @@ length, so that ragged sequences leave no program without work that another has.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +14,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kernels import devices
-from kernels.attention import chunked
 from kernels.attention.call import Call, Spec
 from kernels.attention.masks import Causal, Full
 from kernels.attention.merge import merge_stacked
@@ -25,6 +25,9 @@ HEAD_SIZES = (64, 128, 256)
 DTYPES = ("bfloat16", "float16")
 KEYS = 64
 """Keys of a tile at most: a cache in a row is a whole number of them, blocks of a pool divide them or are divided by them."""
+
+FEW = 8
+"""How many times as many keys as queries there are at least in calls of `attend`; for others `mosaic` has a backward pass too."""
 
 PROCESSORS = 132
 """Of an H200: as many programs run at a time."""
@@ -74,6 +77,9 @@ def why_not(spec: Spec) -> str | None:
     """The reason the kernel cannot run a call of `attend`."""
     reasons = _shared(spec.platform, spec.dtype, spec.head_dim, spec.v_head_dim, spec.heads // spec.kv_heads * spec.q_length) | {
         f"it has the masks Full and Causal, not {type(spec.mask).__name__}": not isinstance(spec.mask, Full | Causal),
+        f"it is for queries of at most 1 / {FEW} of the keys, not {spec.q_length} of {spec.kv_length}": (
+            spec.q_length * FEW > spec.kv_length
+        ),
         f"keys must be a multiple of {KEYS}, not {spec.kv_length}": spec.kv_length % KEYS,
         "keys must be at their default positions": spec.traced_kv_positions,
         f"it has no biases, as {spec.bias}": spec.bias is not None,
@@ -120,22 +126,27 @@ class Options:
         return Cut(blocks, parts, heads, softcap, scale, interpret)
 
 
-def attend(call: Call, options: Options = Options()) -> tuple[Float[Array, "B L H D"], Float[Array, "B L H"]]:
-    """The same function as `reference.attend`, read once; gradients are those of `chunked.attend`."""
-    return _attend(options, call)
+Forward = Callable[[Call], tuple[Float[Array, "B L H D"], Float[Array, "B L H"]]]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(options: Options, call: Call):
+def attend(
+    otherwise: Forward, call: Call, options: Options = Options()
+) -> tuple[Float[Array, "B L H D"], Float[Array, "B L H"]]:  # fmt: skip
+    """The same function as `reference.attend`; gradients are those of `otherwise`, another form of it."""
+    return _attend(otherwise, options, call)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(otherwise: Forward, options: Options, call: Call):
     return attend_rows(call.q, call.k, call.v, limits(call), softcap=call.softcap, scale=call.scale, options=options)
 
 
-def _attend_forward(options: Options, call: Call):
-    return _attend(options, call), call
+def _attend_forward(otherwise: Forward, options: Options, call: Call):
+    return _attend(otherwise, options, call), call
 
 
-def _attend_backward(options: Options, call: Call, cotangents):
-    _, pullback = jax.vjp(chunked.attend, call)
+def _attend_backward(otherwise: Forward, options: Options, call: Call, cotangents):
+    _, pullback = jax.vjp(otherwise, call)
     return pullback(cotangents)
 
 
