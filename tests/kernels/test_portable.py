@@ -176,6 +176,26 @@ def test_kernels_visit_the_tiles_that_the_pattern_needs(quick_compile, mask):
     assert 0 < expected["forward"].mean() < 1
 
 
+def test_kernels_visit_the_tiles_of_their_documents(quick_compile):
+    """Each row of the batch by its own segment ids, known when it runs; one row is a single document."""
+    case, rng = Case(90, 127, B=2), np.random.default_rng(0)
+    kv_ids = np.stack([np.sort(rng.integers(0, 5, 127)), np.zeros(127)]).astype(np.int32)
+    q_ids = kv_ids[:, -90:]
+    arrays = *case.arguments(jnp.float32)[:3], None, (q_ids, kv_ids), None, None, None
+    call = _call(*arrays, mask=masks.Full(), softcap=None, scale=None)
+    visits = jax.jit(lambda call: portable.visits(call, BLOCKS))(call)
+    for name, blocks in BLOCKS.items():
+        expected = np.stack([needed(same_document(q, kv), 1, 90, 127, blocks.q, blocks.kv)[0] for q, kv in zip(q_ids, kv_ids)])
+        assert expected[0].mean() < 0.6 and expected[1].all()
+        by_line = expected.sum(axis=1 if name == "dkv" else 2)
+        np.testing.assert_array_equal(visits[name], np.stack([by_line] * case.H, axis=1))
+
+
+def same_document(q_ids, kv_ids):
+    moved = len(kv_ids) - len(q_ids)
+    return masks.Predicate(lambda q_pos, kv_pos: q_ids[q_pos - moved] == kv_ids[kv_pos])
+
+
 def test_tiles_that_the_mask_rules_out_are_never_read(small_tiles, quick_compile):
     """NaN at early positions leaves those beyond the window finite, forward and backward, and reaches the others."""
     q, k, v, _ = Case(128, 128).arguments(jnp.float32)

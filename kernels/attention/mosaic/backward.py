@@ -25,6 +25,7 @@ from kernels.attention.mosaic.program import (
     apart,
     launch,
     load,
+    longest_first,
     matrix,
     of_pairs,
     pair_buffers,
@@ -78,16 +79,16 @@ def run_dkv(tiling: Tiling, call: Call, rows: Rows) -> list[Array]:
     scratch = [[own, loaded, plgpu.Barrier(num_arrivals=2)], Ring.scratch(tiling, tiles)]
     grid = {"group": G, "line": tiling.columns, "batch": B}
     kernel = functools.partial(_dkv_kernel, tiling)
-    return launch(kernel, "dkv", tiling, grid, out, scratch, padded, in_base_2(rows, tiling), listed)
+    return launch(kernel, "dkv", tiling, grid, out, scratch, padded, in_base_2(rows, tiling), listed, longest_first(listed))
 
 
 def _dkv_kernel(tiling: Tiling, operands, outputs, scratch):
-    call, rows, listed = operands
+    call, rows, listed, order = operands
     keys, ring = scratch[0], Ring(*scratch[1])
-    group, column, b = (lax.axis_index(name) for name in ("group", "line", "batch"))
+    group, b, column = lax.axis_index("group"), lax.axis_index("batch"), order[lax.axis_index("line")]
     gpu, stages = machine(tiling.interpret), tiling.blocks.stages
 
-    of_heads = functools.partial(_walk_heads, call, listed, group, column)
+    of_heads = functools.partial(_walk_heads, call, listed, b, group, column)
 
     def produce():
         def visit(head, n, row, pattern, tested, carry):
@@ -137,13 +138,13 @@ def _dkv_kernel(tiling: Tiling, operands, outputs, scratch):
     run_roles(gpu, tiling, produce, consume)
 
 
-def _walk_heads(call, listed, group, column, visit, carry):
+def _walk_heads(call, listed, b, group, column, visit, carry):
     """The walk over the queries of all heads that share these keys; returns the number of visits too."""
     heads = call.q.shape[2] // call.k.shape[2]
 
     def of_head(r, state):
         head = group * heads + r
-        return walk(listed, head, column, functools.partial(visit, head), state)
+        return walk(listed, b, head, column, functools.partial(visit, head), state)
 
     state = (jnp.int32(0), carry)
     return lax.fori_loop(0, heads, of_head, state) if heads > 1 else of_head(0, state)
@@ -187,14 +188,14 @@ def run_dq(tiling: Tiling, call: Call, rows: Rows) -> list[Array]:
     out = [jax.ShapeDtypeStruct(padded.q.shape, dtype), *(jax.ShapeDtypeStruct((B, H, L), jnp.float32) for _ in sums)]
     grid = {"head": H, "line": tiling.rows, "batch": B}
     kernel = functools.partial(_dq_kernel, tiling)
-    return launch(kernel, "dq", tiling, grid, out, scratch, padded, in_base_2(rows, tiling), listed)
+    return launch(kernel, "dq", tiling, grid, out, scratch, padded, in_base_2(rows, tiling), listed, longest_first(listed))
 
 
 def _dq_kernel(tiling: Tiling, operands, outputs, scratch):
-    call, rows, listed = operands
+    call, rows, listed, order = operands
     queries, ring = scratch[0], Ring(*scratch[1])
     head, b = lax.axis_index("head"), lax.axis_index("batch")
-    row = tiling.rows - 1 - lax.axis_index("line")
+    row = order[lax.axis_index("line")]
     gpu, stages = machine(tiling.interpret), tiling.blocks.stages
 
     def produce():
@@ -206,7 +207,7 @@ def _dq_kernel(tiling: Tiling, operands, outputs, scratch):
             pairs = of_pairs(call, tiling, pattern, b, head, row, column)
             ring.fill(n, stages, [call.k.at[at], call.v.at[at], *of_keys(call, b, keys), *pairs])
 
-        n, _ = walk(listed, head, row, visit, (jnp.int32(0), None))
+        n, _ = walk(listed, b, head, row, visit, (jnp.int32(0), None))
         ring.drain(n, stages)
 
     def consume(consumer):
@@ -230,7 +231,7 @@ def _dq_kernel(tiling: Tiling, operands, outputs, scratch):
             return carry
 
         zeros = gpu.full(q.shape, 0.0), [gpu.full((tiling.blocks.own,), 0.0) for _ in bias]
-        _, (dq, dbias) = walk(listed, head, row, visit, (jnp.int32(0), zeros))
+        _, (dq, dbias) = walk(listed, b, head, row, visit, (jnp.int32(0), zeros))
         sums = zip(dbias, queries[2], outputs[1:], strict=True)
         store((dq * call.scale, q, outputs[0].at[of_tile]), *((x, ref.at[consumer], out.at[of_row]) for x, ref, out in sums))
 

@@ -24,6 +24,7 @@ from kernels.attention.mosaic.program import (
     apart,
     launch,
     load,
+    longest_first,
     matrix,
     of_pairs,
     pair_buffers,
@@ -64,15 +65,23 @@ def run_forward(tiling: Tiling, call: Call) -> list[Array]:
     grid = {"head": H, "line": tiling.rows, "batch": B}
     kernel = functools.partial(_kernel, tiling)
     return launch(
-        kernel, "forward", tiling, grid, out, [scratch, Ring.scratch(tiling, [tile, *with_keys], [tile])], padded, listed
+        kernel,
+        "forward",
+        tiling,
+        grid,
+        out,
+        [scratch, Ring.scratch(tiling, [tile, *with_keys], [tile])],
+        padded,
+        listed,
+        longest_first(listed),
     )
 
 
 def _kernel(tiling: Tiling, operands, outputs, scratch):
-    call, listed = operands
+    call, listed, order = operands
     rows, ring = scratch[0], Ring(*scratch[1])
     head, b = lax.axis_index("head"), lax.axis_index("batch")
-    row = tiling.rows - 1 - lax.axis_index("line")  # under a causal mask the longest rows start first
+    row = order[lax.axis_index("line")]
     gpu = machine(tiling.interpret)
 
     def produce():
@@ -84,7 +93,7 @@ def _kernel(tiling: Tiling, operands, outputs, scratch):
             pairs = of_pairs(call, tiling, pattern, b, head, row, column)
             ring.fill(n, tiling.blocks.stages, [of_k, *of_keys(call, b, keys), *pairs], [of_v])
 
-        n, _ = walk(listed, head, row, visit, (jnp.int32(0), None))
+        n, _ = walk(listed, b, head, row, visit, (jnp.int32(0), None))
         ring.drain(n, tiling.blocks.stages)
 
     def consume(consumer):
@@ -102,7 +111,7 @@ def _consume(gpu, tiling: Tiling, call: Call, listed: lists.Lists, outputs, rows
     load(loaded, list(zip([call.q.at[b, own, head], *of_queries(call, b, own)], buffers, strict=True)))
     q, *integers = buffers
     integers = [gpu.load(ref, 0) for ref in integers]
-    bias, total, stages = of_bias(call, b, head), visits(listed, head, row), tiling.blocks.stages
+    bias, total, stages = of_bias(call, b, head), visits(listed, b, head, row), tiling.blocks.stages
 
     def keys(n):
         """Of visit n, once they are there; after the last visit what is in the slot, for a product that nothing uses."""
@@ -135,7 +144,7 @@ def _consume(gpu, tiling: Tiling, call: Call, listed: lists.Lists, outputs, rows
     size = (tiling.blocks.own,)
     state = gpu.full(size, -jnp.inf), gpu.full(size, 0.0), gpu.full(q.shape, 0.0), gpu.product(q, keys(jnp.int32(0)))
     turn.start(consumer)
-    _, (m, l, acc, _) = walk(listed, head, row, visit, (jnp.int32(0), state))
+    _, (m, l, acc, _) = walk(listed, b, head, row, visit, (jnp.int32(0), state))
     turn.end(consumer)
     l_or_one = jnp.where(l == 0, 1, l)
     q[...] = (acc * lax.broadcast_in_dim(1 / l_or_one, acc.shape, [0])).astype(q.dtype)  # the queries have been used

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -157,12 +158,12 @@ def apart(call: Call, tiling: Tiling, refs: Sequence[Any], pattern: list, owner)
     return list(refs[:count]), {name: ref.at[rows] for (name, rows), ref in zip(at.items(), refs[count:], strict=True)}
 
 
-def walk(listed: Lists, head, line, visit: Callable, state):
+def walk(listed: Lists, b, head, line, visit: Callable, state):
     """`state = visit(n, entry, pattern, tested, carry)` over the tiles of a line, those without a test first.
 
     state is (n, carry); pattern is a list of the reference to the tile's allowed pairs, empty where the mask is evaluated.
     """
-    start, first_tested, end = _bounds(listed, head, line)
+    start, first_tested, end = listed.of_line(b, head, line)
 
     def body(tested, t, state):
         n, carry = state
@@ -176,14 +177,16 @@ def walk(listed: Lists, head, line, visit: Callable, state):
     return state
 
 
-def visits(listed: Lists, head, line) -> jax.Array:
+def longest_first(listed: Lists) -> Any:
+    """The lines, those with most tiles first: programs start in this order, and none is left alone with a long one at the end."""
+    fewest = -listed.visits.reshape(-1, listed.visits.shape[-1]).max(axis=0)
+    return (np if isinstance(fewest, np.ndarray) else jnp).argsort(fewest, stable=True).astype(np.int32)
+
+
+def visits(listed: Lists, b, head, line) -> jax.Array:
     """The number of tiles of a line."""
-    start, _, end = _bounds(listed, head, line)
+    start, _, end = listed.of_line(b, head, line)
     return end - start
-
-
-def _bounds(listed: Lists, head, line) -> list[jax.Array]:
-    return [listed.bounds[head if listed.heads > 1 else 0, line, i] for i in range(3)]
 
 
 def run_roles(machine, tiling: Tiling | Cut, produce: Callable[[], None], consume: Callable[[Any], None]) -> None:

@@ -121,7 +121,7 @@ def _walk_all(call: Call, listed, own, visit, carry):
 
     def of_head(i, state):
         b, head = own_b + lax.div(i, jnp.int32(H)), own_head + lax.rem(i, jnp.int32(H))
-        return walk(listed, head, line, functools.partial(visit, b, head), state)
+        return walk(listed, b, head, line, functools.partial(visit, b, head), state)
 
     state = jnp.int32(0), carry
     return lax.fori_loop(0, B * H, of_head, state) if B * H > 1 else of_head(jnp.int32(0), state)

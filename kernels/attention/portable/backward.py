@@ -70,7 +70,7 @@ def _dkv_kernel(tiling: Tiling, call: Call, rows: Rows, listed: lists.Lists, out
     def of_head(r, state):
         carry, total = state
         head = group * queries_a_key + r
-        carry, count = walk(listed, head, column, functools.partial(visit, head), carry)
+        carry, count = walk(listed, b, head, column, functools.partial(visit, head), carry)
         return carry, total + count
 
     zeros = jnp.zeros(k.shape, dtype), jnp.zeros(v.shape, dtype)
@@ -116,7 +116,7 @@ def _dq_kernel(tiling: Tiling, call: Call, rows: Rows, listed: lists.Lists, outp
     cuts = [of_row.cut(at, leaf.shape) for leaf, at in _bias_leaves(call.bias)]
     dtype = statistics_dtype(q.dtype)
     parts = [jnp.zeros(tuple(axis.size for axis in cuts[i]), dtype) for i in small]
-    (dq, parts), count = walk(listed, head, row, visit, (jnp.zeros(q.shape, dtype), parts))
+    (dq, parts), count = walk(listed, b, head, row, visit, (jnp.zeros(q.shape, dtype), parts))
     outputs["dq"][b, of_row.rows, head, :] = dq.astype(q.dtype)
     outputs["visits"][b, head, row] = count
     for i, part, ref in zip(small, parts, outputs["parts"]):
@@ -172,7 +172,7 @@ def _table_kernel(tiling: Tiling, leaf: int, call: Call, rows: Rows, listed: lis
 
     def of_head(b, r, total):
         head = own_head + r
-        return walk(listed, head, line, functools.partial(visit, b, head), total)[0]
+        return walk(listed, b, head, line, functools.partial(visit, b, head), total)[0]
 
     def of_batch(r, total):
         return _repeat(1 if _runs_along("H", at, array.shape) else call.q.shape[2], functools.partial(of_head, own_b + r), total)

@@ -57,7 +57,7 @@ def _kernel(tiling: Tiling, call: Call, listed: lists.Lists, outputs):
 
     m, l = jnp.full((tiling.q_tile,), -jnp.inf, dtype), jnp.zeros((tiling.q_tile,), dtype)
     acc = jnp.zeros((tiling.q_tile, call.v.shape[3]), dtype)
-    (m, l, acc), count = walk(listed, head, row, visit, (m, l, acc))
+    (m, l, acc), count = walk(listed, b, head, row, visit, (m, l, acc))
     l_or_one = jnp.where(l == 0, 1, l)
     outputs["out"][b, of_row.rows, head, :] = (acc / l_or_one[:, None]).astype(q.dtype)  # line 12
     outputs["lse"][b, head, of_row.rows] = jnp.where(l == 0, -jnp.inf, m + jnp.log(l_or_one))  # line 13

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Array, Bool, Int
 
 from kernels.attention import masks, tiles
 from kernels.attention.call import Call, Variants
@@ -28,7 +28,8 @@ from kernels.attention.portable.tiling import Cut
 )
 @dataclasses.dataclass(frozen=True)
 class Lists:
-    """bounds[h, line] = (start, first tested, end) into `entries`, the other coordinate of each tile.
+    """bounds[h, line] = (start, first tested, end) into `entries`, the other coordinate of each tile; with packed documents,
+    bounds[b, h, line].
 
     `patterns` says which of `stored` [patterns, q_tile, kv_tile] holds the allowed pairs of each entry; both are None where the
     mask is evaluated in the kernel. `heads` is 1 where all heads share the lists.
@@ -43,9 +44,15 @@ class Lists:
     any_tested: bool
 
     @property
-    def visits(self) -> Int[np.ndarray, "h lines"]:
+    def visits(self) -> Int[np.ndarray | Array, "*b h lines"]:
         """How many tiles each line visits."""
         return self.bounds[..., 2] - self.bounds[..., 0]
+
+    def of_line(self, b, head, line) -> list[Any]:
+        """(start, first tested, end) of one line, inside a kernel."""
+        *batch, _, _, _ = self.bounds.shape
+        at = [b if n > 1 else 0 for n in batch] + [head if self.heads > 1 else 0, line]
+        return [self.bounds[(*at, i)] for i in range(3)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,12 +67,14 @@ class _Verdicts:
 
 def by_row(call: Call, tiling: Cut, *, stored: bool | None = None) -> Lists:
     """A line is a row of tiles, an entry a column. stored: as in `is_stored`, which decides where it is None."""
-    return _of_call(call, tiling, (1, 0), (0, 1), stored)
+    found = _of_call(call, tiling, (1, 0), (0, 1), stored)
+    return _within_documents(found, (call.q_segments, tiling.q_tile), (call.kv_segments, tiling.kv_tile))
 
 
 def by_column(call: Call, tiling: Cut, *, stored: bool | None = None) -> Lists:
     """A line is a column of tiles, an entry a row; stored patterns are still queries by keys."""
-    return _of_call(call, tiling, (0, 1), (1, 0), stored)
+    found = _of_call(call, tiling, (0, 1), (1, 0), stored)
+    return _within_documents(found, (call.kv_segments, tiling.kv_tile), (call.q_segments, tiling.q_tile))
 
 
 def by_tile(call: Call, tiling: Cut) -> Lists:
@@ -93,6 +102,35 @@ def _of_call(call: Call, tiling: Cut, line: tuple[int, int], entry: tuple[int, i
     heads = found.heads // len(variants)
     bounds = jnp.asarray(found.bounds.reshape(len(variants), heads, *found.bounds.shape[1:]))[call.spans.which]
     return dataclasses.replace(found, bounds=bounds, heads=heads)
+
+
+def _within_documents(found: Lists, own: tuple[Array | None, int], visited: tuple[Array | None, int]) -> Lists:
+    """The same lists, each line without its tiles before the first and behind the last that may share a document with it.
+
+    own, visited: segment ids of a line's side and of its entries' side, and the size of a tile. Exact for ids that never
+    decrease; for others a tile has all documents between its least and its greatest id.
+    """
+    if own[0] is None or not isinstance(found.bounds, np.ndarray):
+        return found
+    (own_least, own_most), (least, most) = (_ranges(*side) for side in (own, visited))
+    heads, lines = found.visits.shape
+    group = np.repeat(np.arange(heads * lines), found.visits.ravel())
+    line, entry, t = group % lines, found.entries[: len(group)], jnp.arange(len(group))
+    meet = (own_least[:, line] <= most[:, entry]) & (least[:, entry] <= own_most[:, line])
+
+    def ends(meet):
+        first = jax.ops.segment_min(jnp.where(meet, t, len(group)), group, heads * lines)
+        end = jnp.maximum(jax.ops.segment_max(jnp.where(meet, t + 1, 0), group, heads * lines), 0)
+        start = jnp.minimum(first, end)  # 0 and 0 where no tile is left
+        return jnp.stack([start, start, end], axis=-1)  # tiles of documents are all tested
+
+    return dataclasses.replace(found, bounds=jax.vmap(ends)(meet).reshape(-1, heads, lines, 3))
+
+
+def _ranges(ids: Int[Array, "B n"], size: int) -> tuple[Int[Array, "B tiles"], Int[Array, "B tiles"]]:
+    """The least and the greatest id of each tile."""
+    whole = jnp.pad(ids, ((0, 0), (0, -ids.shape[1] % size)), mode="edge").reshape(len(ids), -1, size)
+    return whole.min(axis=-1), whole.max(axis=-1)
 
 
 @functools.lru_cache(maxsize=256)

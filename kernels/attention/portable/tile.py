@@ -31,9 +31,9 @@ def launch(kernel, name: str, tiling: Tiling, grid: tuple[int, ...], out_shape, 
     return run(*jax.tree.map(jnp.asarray, operands))
 
 
-def walk(lists: Lists, head, line, visit, carry):
+def walk(lists: Lists, b, head, line, visit, carry):
     """`carry = visit(carry, entry, pattern, tested)` over the tiles of a line, and how many there were."""
-    start, first_tested, end = (lists.bounds[head if lists.heads > 1 else 0, line, i] for i in range(3))
+    start, first_tested, end = lists.of_line(b, head, line)
 
     def body(tested, t, state):
         count, carry = state
