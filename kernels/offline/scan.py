@@ -177,7 +177,8 @@ def _source(kernel: Kernel) -> tuple:
         arrays, outputs, constants = triton.forward_arguments(plan, *arguments(kernel)[:2], with_states=True)
     else:
         arrays, outputs, constants = triton.backward_arguments(plan, *backward_arguments(kernel))
-    return getattr(triton_kernels, kernel.name), [*arrays, *outputs], constants, plan.blocks.warps
+    warps = triton.forward_warps(plan) if kernel.name == "forward" else plan.blocks.warps
+    return getattr(triton_kernels, kernel.name), [*arrays, *outputs], constants, warps
 
 
 def _ssd_operands(kernel: Kernel) -> tuple:

@@ -1,8 +1,7 @@
 """Launches the selective scan's Triton kernels through jax-triton, on an NVIDIA GPU; nothing else here needs one, or Triton.
 
-The formulas are those of `selective_portable`; inside a chunk of K steps they are parallel in time, and the backward pass has
-a_t h_{t-1} as h_t less what step t wrote, exact to the rounding of h_t. Under vmap
-the kernels are launched one after the other.
+The formulas are those of `selective_portable`; backward they are parallel in time inside a chunk of K steps, and a_t h_{t-1} is
+h_t less what step t wrote, exact to the rounding of h_t. Under vmap the kernels are launched one after the other.
 """
 
 import functools
@@ -10,6 +9,7 @@ import importlib.util
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kernels import compat
@@ -17,8 +17,12 @@ from kernels.scan import selective_blocks
 from kernels.scan.selective_blocks import Blocks, Gradients, Passes, Plan
 from kernels.scan.selective_reference import Inputs, State
 
-BLOCKS = {16: Blocks(64, 8, 8, 8, 8), 64: Blocks(8, 8, 8, 8, 8)}
-"""For each number of states (the next one up is used), the blocks to start from on an H200; not measured. A chunk is one span."""
+BLOCKS = {16: Blocks(64, 4, 8, 8, 8), 32: Blocks(32, 2, 8, 8, 8)}
+"""For each number of states (the next one up is used), the blocks to start from on an H200; not measured. A chunk is one span of
+the backward pass, whose warps these are; forward, a thread has a channel, and warps as many as that makes."""
+
+MOST_AHEAD = 64
+"""Words of B and C of a span up to which the next one is loaded while a span is computed: registers hold both."""
 
 
 def blocks_of(states: int) -> Blocks:
@@ -58,10 +62,20 @@ def plan_of(softplus: bool, reverse: bool, inputs: Inputs, blocks: Blocks | None
 
 def forward_arguments(plan: Plan, inputs: Inputs, keep, with_states: bool) -> tuple[list, list, dict[str, Any]]:
     """The kernel's input arrays, the shapes of its outputs, and its constants."""
+    N, dtype = inputs.A.shape[1], jnp.promote_types(inputs.B.dtype, inputs.C.dtype)
+    inputs = inputs._replace(B=_as(inputs.B, dtype), C=_as(inputs.C, dtype))
     arrays = [*_pointers(inputs), inputs.h0, inputs.u if keep is None else keep]
     kept = (len(inputs.u), plan.chunks, *inputs.h0.shape[1:]) if with_states else (1,)
     outputs = [_shape(inputs.u), _shape(inputs.h0), jax.ShapeDtypeStruct(kept, inputs.h0.dtype)]
-    return arrays, outputs, _constants(plan, inputs, keep) | {"KEPT": with_states}
+    packed = dtype.itemsize == 2 and N > 1
+    words = 2 * plan.blocks.forward * (N // 2 if packed else N)
+    options = {"S": plan.blocks.forward, "AHEAD": words <= MOST_AHEAD, "PACKED": packed, "KEPT": with_states}
+    return arrays, outputs, _constants(plan, inputs, keep) | options
+
+
+def forward_warps(plan: Plan) -> int:
+    """Of a program whose threads have a channel each."""
+    return max(1, plan.blocks.channels // 32)
 
 
 def backward_arguments(plan: Plan, inputs: Inputs, keep, kept, dy, dlast) -> tuple[list, list, dict[str, Any]]:
@@ -97,13 +111,14 @@ def _launch(name: str, plan: Plan, arrays: list, outputs: list, constants: dict[
     from kernels.scan import triton_kernels
 
     B, G, F = arrays[0].shape[0], constants["G"], constants["F"]
+    warps = forward_warps(plan) if name == "forward" else plan.blocks.warps
     launch = functools.partial(
         compat.triton_call,
         getattr(triton_kernels, name),
         out=outputs,
         grid=(F // plan.blocks.channels, G, B),
         name=f"selective_scan_{name}",
-        num_warps=plan.blocks.warps,
+        num_warps=warps,
         num_stages=1,
         **constants,
     )
@@ -113,6 +128,11 @@ def _launch(name: str, plan: Plan, arrays: list, outputs: list, constants: dict[
 def _pointers(inputs: Inputs) -> list:
     """All inputs but h0; u in place of what the call lacks."""
     return [inputs.u if x is None else x for x in inputs[:-1]]
+
+
+def _as(x, dtype):
+    """x, copied where it has another type; of its shape alone, that shape."""
+    return jax.ShapeDtypeStruct(x.shape, dtype) if isinstance(x, jax.ShapeDtypeStruct) else x.astype(dtype)
 
 
 def _shape(x, *leading: int) -> jax.ShapeDtypeStruct:

@@ -1,9 +1,10 @@
 """The selective scan in Triton's own language; imported only where Triton is (`kernels.scan.triton` launches it).
 
-A program owns CH channels of one group g and batch row b, and takes T steps at once: inside a chunk, the states [T, N, CH] come
-from `tl.associative_scan`, which Pallas cannot express; from one chunk to the next only the last state is carried. Times count
-steps in the scan's order, and padding is as `selective_blocks.pad` makes it. An array that a call lacks is any other pointer.
-`no_type_check` keeps run-time checks of annotations, which the tests switch on, out of functions that Triton compiles.
+A program owns CH channels of one group g and batch row b. Forward, a thread has all N states of its channels in registers, and
+goes step by step: nothing passes between threads. What a span of S steps reads is loaded while the span before is computed.
+Backward, T steps are taken at once: inside a chunk the states [T, N, CH] come from `tl.associative_scan`, which Pallas cannot
+express. Times count steps in the scan's order, and padding is as `selective_blocks.pad` makes it. An array that a call lacks is
+any other pointer. `no_type_check` keeps run-time checks of annotations, which the tests switch on, out of what Triton compiles.
 
 The adjoint is a scan from the end, lambda_t = C_t dy_t + a_{t+1} lambda_{t+1}; the other formulas are in `selective_chunked`.
 """
@@ -12,6 +13,10 @@ from typing import no_type_check
 
 import triton
 import triton.language as tl
+
+# ruff: noqa: RUF005 - Triton adds tuples, and cannot unpack them
+
+LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -24,7 +29,7 @@ def _compose(a1, b1, a2, b2):
 @no_type_check
 def _softplus(x):
     """log(1 + e^x) = max(x, 0) + log(1 + e), e = e^-|x|; log(1 + e) by its ratio to what 1 + e rounds to."""
-    e = tl.exp(-tl.abs(x))
+    e = tl.exp2(-tl.abs(x) * LOG2E)
     rounded = 1.0 + e
     log1p = tl.where(rounded == 1.0, e, tl.log(rounded) * (e / (rounded - 1.0)))
     return tl.maximum(x, 0.0) + log1p
@@ -33,7 +38,7 @@ def _softplus(x):
 @triton.jit
 @no_type_check
 def _sigmoid(x):
-    return 1.0 / (1.0 + tl.exp(-x))
+    return 1.0 / (1.0 + tl.exp2(-x * LOG2E))
 
 
 @triton.jit
@@ -56,9 +61,9 @@ def _step_sizes(delta, bias, times, rows, cols, L: tl.constexpr, SOFTPLUS: tl.co
 
 @triton.jit
 @no_type_check
-def _decays(dt, A, keep, at, KEEP: tl.constexpr):
-    """exp(dt A) [T, N, CH], 0 where a document starts; `at` are offsets of steps in [B, L]."""
-    a = tl.exp(dt[:, None, :] * A[None, :, :])
+def _decays(dt, log2_rates, keep, at, KEEP: tl.constexpr):
+    """exp(dt A) [T, N, CH] as a power of two, 0 where a document starts; `at` are offsets of steps in [B, L]."""
+    a = tl.exp2(dt[:, None, :] * log2_rates[None, :, :])
     if KEEP:
         a = a * tl.load(keep + at)[:, None, None]
     return a
@@ -99,7 +104,7 @@ def _through_gate(dy, z, dz, states_of_chunk, C_t, skip, tile, HAS_Z: tl.constex
 @triton.jit
 @no_type_check
 def _adjoint(
-    adjoint, delta, bias, keep, rates, C_t, dout, times, g, b, cols,
+    adjoint, delta, bias, keep, log2_rates, C_t, dout, times, g, b, cols,
     L: tl.constexpr, STEPS: tl.constexpr, G: tl.constexpr, F: tl.constexpr, T: tl.constexpr,
     SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, BIAS: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
@@ -108,7 +113,7 @@ def _adjoint(
     at = b * STEPS + _positions(after, STEPS, REVERSE)
     _, dt = _step_sizes(delta, bias + g * F, after, (at * G + g) * F, cols, L, SOFTPLUS, BIAS)
     is_last = (tl.arange(0, T) == T - 1)[:, None, None]
-    decays = tl.where(is_last, 1.0, _decays(dt, rates, keep, at, KEEP))
+    decays = tl.where(is_last, 1.0, _decays(dt, log2_rates, keep, at, KEEP))
     read = C_t[:, :, None] * dout[:, None, :]
     through, totals = tl.associative_scan((decays, read), 0, _compose, reverse=True)
     return totals + through * adjoint[None, :, :]
@@ -132,35 +137,105 @@ def _row(values, index, T: tl.constexpr):
 
 @triton.jit
 @no_type_check
+def _words(x, N: tl.constexpr, PACKED: tl.constexpr):
+    """N adjacent numbers: if PACKED, which those of 16 bits can be, as N / 2 words of 32 bits."""
+    found = ()
+    if PACKED:
+        for i in tl.static_range(N // 2):
+            found = found + (tl.load(x.to(tl.pointer_type(tl.uint32)) + i),)
+    else:
+        for n in tl.static_range(N):
+            found = found + (tl.load(x + n),)
+    return found
+
+
+@triton.jit
+@no_type_check
+def _half(word, upper: tl.constexpr, dtype: tl.constexpr):
+    """One of the two numbers of 16 bits in a word, in float32."""
+    if dtype == tl.bfloat16:  # the upper half of a float32
+        number = (word & 0xFFFF0000 if upper else word << 16).to(tl.float32, bitcast=True)
+    else:
+        number = (word >> 16 if upper else word).to(tl.uint16).to(dtype, bitcast=True).to(tl.float32)
+    return number
+
+
+@triton.jit
+@no_type_check
+def _span(
+    u, delta, z, B, C, first, g, b, cols,
+    STEPS: tl.constexpr, G: tl.constexpr, F: tl.constexpr, N: tl.constexpr, S: tl.constexpr, REVERSE: tl.constexpr,
+    HAS_Z: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """What S steps read: of each (u, delta, z), the words of B, and those of C."""
+    found = ()
+    for t in tl.static_range(S):
+        in_group = (b * STEPS + _positions(first + t, STEPS, REVERSE)) * G + g
+        in_time = in_group * F + cols
+        channels = tl.load(u + in_time), tl.load(delta + in_time), tl.load((z if HAS_Z else u) + in_time)
+        found = found + ((channels, _words(B + in_group * N, N, PACKED), _words(C + in_group * N, N, PACKED)),)
+    return found
+
+
+@triton.jit
+@no_type_check
+def _step(h, log2_rates, B, C, dt, u, kept_on, dtype: tl.constexpr, N: tl.constexpr, PACKED: tl.constexpr):
+    """The next states, one [CH] for each n, and C h; B and C are words if PACKED, else numbers."""
+    x = dt * u
+    out = tl.zeros_like(x)
+    states = ()
+    for n in tl.static_range(N):
+        B_n = _half(B[n // 2], n % 2 == 1, dtype) if PACKED else B[n].to(tl.float32)
+        C_n = _half(C[n // 2], n % 2 == 1, dtype) if PACKED else C[n].to(tl.float32)
+        state = tl.exp2(dt * log2_rates[n]) * kept_on * h[n] + B_n * x
+        out += C_n * state
+        states = states + (state,)
+    return states, out
+
+
+@triton.jit
+@no_type_check
 def forward(
     u, delta, A, B, C, D, z, bias, h0, keep,
     y, last, kept,
-    L: tl.constexpr, STEPS: tl.constexpr, G: tl.constexpr, F: tl.constexpr, N: tl.constexpr, T: tl.constexpr, CH: tl.constexpr,
-    SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr, BIAS: tl.constexpr,
-    KEEP: tl.constexpr, KEPT: tl.constexpr,
+    L: tl.constexpr, STEPS: tl.constexpr, G: tl.constexpr, F: tl.constexpr, N: tl.constexpr, S: tl.constexpr, T: tl.constexpr,
+    CH: tl.constexpr, AHEAD: tl.constexpr, PACKED: tl.constexpr, SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr,
+    HAS_D: tl.constexpr, HAS_Z: tl.constexpr, BIAS: tl.constexpr, KEEP: tl.constexpr, KEPT: tl.constexpr,
 ):  # fmt: skip
-    """y, h_last and, if KEPT, the state before each chunk."""
+    """y, h_last and, if KEPT, the state before each T steps. AHEAD: spans are loaded ahead; PACKED: B and C as words."""
     g, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     cols = tl.program_id(0) * CH + tl.arange(0, CH)
-    states = tl.arange(0, N)
-    tile = states[:, None] * F + cols[None, :]  # in [N, F]
-    rates = tl.load(A + g * N * F + tile)
+    log2_rates, h = (), ()
+    for n in tl.static_range(N):
+        log2_rates = log2_rates + (tl.load(A + (g * N + n) * F + cols) * LOG2E,)
+        h = h + (tl.load(h0 + ((b * G + g) * N + n) * F + cols),)
     skip = tl.load(D + g * F + cols) if HAS_D else tl.zeros((CH,), tl.float32)
-    h = tl.load(h0 + (b * G + g) * N * F + tile)
-    for chunk in range(STEPS // T):
-        if KEPT:
-            tl.store(kept + ((b * (STEPS // T) + chunk) * G + g) * N * F + tile, h)
-        _, at, _, rows, _, dt, u_t, B_t, C_t = _load(
-            u, delta, B, C, bias, chunk, g, b, cols, states, L, STEPS, G, F, N, T, SOFTPLUS, REVERSE, BIAS
-        )
-        all_states, _ = _states(h, _decays(dt, rates, keep, at, KEEP), B_t, dt * u_t)
-        out = tl.sum(C_t[:, :, None] * all_states, axis=1) + skip[None, :] * u_t
-        if HAS_Z:
-            z_t = tl.load(z + rows[:, None] + cols[None, :]).to(tl.float32)
-            out = out * z_t * _sigmoid(z_t)
-        tl.store(y + rows[:, None] + cols[None, :], out.to(y.dtype.element_ty))
-        h = _row(all_states, T - 1, T)
-    tl.store(last + (b * G + g) * N * F + tile, h)
+    shift = tl.load(bias + g * F + cols) if BIAS else tl.zeros((CH,), tl.float32)
+    loaded = _span(u, delta, z, B, C, 0, g, b, cols, STEPS, G, F, N, S, REVERSE, HAS_Z, PACKED)
+    for i in range(STEPS // S):
+        now = loaded
+        coming = tl.minimum(i + 1, STEPS // S - 1) if AHEAD else i
+        loaded = _span(u, delta, z, B, C, coming * S, g, b, cols, STEPS, G, F, N, S, REVERSE, HAS_Z, PACKED)
+        if not AHEAD:
+            now = loaded
+        if KEPT and i % (T // S) == 0:
+            for n in tl.static_range(N):
+                tl.store(kept + (((b * (STEPS // T) + i // (T // S)) * G + g) * N + n) * F + cols, h[n])
+        for t in tl.static_range(S):
+            at = b * STEPS + _positions(i * S + t, STEPS, REVERSE)
+            raw = now[t][0][1].to(tl.float32) + shift
+            dt = _softplus(raw) if SOFTPLUS else raw
+            dt = tl.where(i * S + t < L, dt, 0.0) if STEPS != L else dt
+            u_t = now[t][0][0].to(tl.float32)
+            kept_on = tl.load(keep + at) if KEEP else 1.0
+            h, out = _step(h, log2_rates, now[t][1], now[t][2], dt, u_t, kept_on, B.dtype.element_ty, N, PACKED)
+            out += skip * u_t
+            if HAS_Z:
+                z_t = now[t][0][2].to(tl.float32)
+                out = out * z_t * _sigmoid(z_t)
+            tl.store(y + (at * G + g) * F + cols, out.to(y.dtype.element_ty))
+    for n in tl.static_range(N):
+        tl.store(last + ((b * G + g) * N + n) * F + cols, h[n])
 
 
 @triton.jit
@@ -178,6 +253,7 @@ def backward(
     states = tl.arange(0, N)
     tile = states[:, None] * F + cols[None, :]
     rates = tl.load(A + g * N * F + tile)
+    log2_rates = rates * LOG2E
     skip = tl.load(D + g * F + cols) if HAS_D else tl.zeros((CH,), tl.float32)
     adjoint = tl.load(dlast + (b * G + g) * N * F + tile)
     dA = tl.zeros((N, CH), tl.float32)
@@ -190,14 +266,14 @@ def backward(
         in_time = rows[:, None] + cols[None, :]
         of_block = (in_group[:, None] * (F // CH) + block) * N + states[None, :]
         h = tl.load(kept + ((b * (STEPS // T) + chunk) * G + g) * N * F + tile)
-        a = _decays(dt, rates, keep, at, KEEP)
+        a = _decays(dt, log2_rates, keep, at, KEEP)
         all_states, written = _states(h, a, B_t, dt * u_t)
         kept_on = all_states - written  # p_t = a_t h_{t-1}
         first_decay = _row(a, 0, T)
         dout = _through_gate(dy, z, dz, all_states, C_t, skip[None, :] * u_t, in_time, HAS_Z)
         tl.store(dC_parts + of_block, tl.sum(all_states * dout[:, None, :], axis=2))
         totals = _adjoint(
-            adjoint, delta, bias, keep, rates, C_t, dout, times, g, b, cols, L, STEPS, G, F, T, SOFTPLUS, REVERSE, BIAS, KEEP
+            adjoint, delta, bias, keep, log2_rates, C_t, dout, times, g, b, cols, L, STEPS, G, F, T, SOFTPLUS, REVERSE, BIAS, KEEP
         )
         adjoint = first_decay * _row(totals, 0, T)
         tl.store(dB_parts + of_block, tl.sum(totals * (dt * u_t)[:, None, :], axis=2))

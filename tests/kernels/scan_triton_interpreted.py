@@ -17,9 +17,16 @@ from kernels.scan import selective_blocks, selective_reference, ssd_forms, ssd_t
 from kernels.scan.selective_blocks import Blocks, Gradients, Passes
 from kernels.scan.selective_reference import Inputs, keeps
 
-BLOCKS = Blocks(2, 4, 4, 4, 1)
-# L, groups, reverse, packed, bare
-SELECTIVE = [(6, 2, True, True, False), (4, 1, False, False, True), (9, 1, False, True, False), (1, 1, False, False, False)]
+BLOCKS = Blocks(2, 2, 4, 4, 1)
+# L, groups, reverse, packed, bare, and the type of B and C
+SELECTIVE = [
+    (6, 2, True, True, False),
+    (4, 1, False, False, True),
+    (9, 1, False, True, False),
+    (1, 1, False, False, False),
+    (5, 2, False, False, False, "float16"),
+    (5, 1, False, False, False, "bfloat16"),
+]
 # L, groups, packed, bare
 SSD = [(70, 2, True, False), (64, 1, False, True), (1, 1, False, False)]
 
@@ -84,12 +91,13 @@ def backward(plan, inputs: Inputs, keep, kept, dy, dlast) -> Gradients:
     return d._replace(**{name: None for name, x in given.items() if x is None})
 
 
-def case(L: int, G: int, reverse: bool, packed: bool, bare: bool, B=2, F=3, N=3):
-    """Inputs, keep and two cotangents."""
+def case(L: int, G: int, reverse: bool, packed: bool, bare: bool, dtype="float32", B=2, F=3, N=3):
+    """Inputs, of which what varies in time is rounded to `dtype`, keep and two cotangents."""
     rng = np.random.default_rng(0)
     shapes = Inputs((B, L, G, F), (B, L, G, F), (G, N, F), (B, L, G, N), (B, L, G, N), (G, F), (B, L, G, F), (G, F), (B, G, N, F))
     inputs = Inputs(*(jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes))
     inputs = inputs._replace(A=-jnp.exp(inputs.A))
+    inputs = inputs._replace(B=inputs.B.astype(dtype), C=inputs.C.astype(dtype))
     if bare:
         inputs = inputs._replace(D=None, z=None, delta_bias=None, delta=jnp.exp(inputs.delta))
     keep = keeps(jnp.asarray(rng.random((B, L)) < 0.3), reverse, jnp.float32) if packed else None
@@ -97,9 +105,9 @@ def case(L: int, G: int, reverse: bool, packed: bool, bare: bool, B=2, F=3, N=3)
     return inputs, keep, cotangents
 
 
-def selective_errors(L: int, G: int, reverse: bool, packed: bool, bare: bool) -> dict[str, float]:
-    """Relative to the largest number of each array."""
-    inputs, keep, cotangents = case(L, G, reverse, packed, bare)
+def selective_errors(L: int, G: int, reverse: bool, packed: bool, bare: bool, dtype="float32") -> dict[str, float]:
+    """Relative to the largest number of each array; of float16, without its gradients, which are rounded too."""
+    inputs, keep, cotangents = case(L, G, reverse, packed, bare, dtype)
     reference = jax.jit(functools.partial(selective_reference.scan, not bare, reverse))
     (y, last), pullback = jax.vjp(lambda x: reference(x, keep), inputs)
     (expected,) = pullback(cotangents)
@@ -109,7 +117,11 @@ def selective_errors(L: int, G: int, reverse: bool, packed: bool, bare: bool) ->
     (our_y, our_last), pullback = jax.vjp(lambda x: run(x, keep), inputs)
     (found,) = pullback(cotangents)
     pairs = {"y": (our_y, y), "h_last": (our_last, last)}
-    pairs |= {name: (getattr(found, name), value) for name, value in expected._asdict().items() if value is not None}
+    pairs |= {
+        name: (getattr(found, name), value)
+        for name, value in expected._asdict().items()
+        if value is not None and value.dtype == jnp.float32
+    }
     return relative(pairs)
 
 
