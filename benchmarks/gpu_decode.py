@@ -1,6 +1,7 @@
 """Decoding on the device that is here: one query a sequence against 2 GB of keys and values, in a row and in blocks.
 
-    python -m benchmarks.gpu_decode                             everything; results/<device>/decode.json, about a minute
+    python -m benchmarks.gpu_decode                             everything; results/<device>/decode.json, about two minutes
+    python -m benchmarks.gpu_decode --jobs 4                    compiled by so many processes, in one
     python -m benchmarks.gpu_decode --only "D=128"              cases whose name has these words
     python -m benchmarks.gpu_decode --blocks 64,4,2 128,2,2     also with these keys of a tile, stages and consumers
     python -m benchmarks.gpu_decode --quick                     a small form on any device
@@ -52,13 +53,17 @@ class Case:
         """Of the keys and values that are seen, in bfloat16."""
         return int(self.lengths().sum()) * self.kv_heads * self.head_size * 2 * 2
 
-    def operands(self) -> tuple[jax.Array, ...]:
+    @property
+    def size(self) -> int:
+        """Numbers that k has."""
+        return self.batch * self.length * self.kv_heads * self.head_size
+
+    def operands(self, numbers: tuple) -> tuple[jax.Array, ...]:
         """q [B, H, D], the numbers of k and of v, which rows and blocks are views of, lengths [B] and block tables [B, N]."""
-        B, S, G, D = self.batch, self.length, self.kv_heads, self.head_size
-        q = jax.random.normal(jax.random.key(0), (B, GROUP * G, D), jnp.bfloat16)
-        count = S // (self.block_size or S)
-        tables = jax.random.permutation(jax.random.key(3), B * count).reshape(B, count)
-        return q, *_numbers(B * S * G * D), self.lengths(), tables
+        q = jax.random.normal(jax.random.key(0), (self.batch, GROUP * self.kv_heads, self.head_size), jnp.bfloat16)
+        count = self.length // (self.block_size or self.length)
+        tables = jax.random.permutation(jax.random.key(3), self.batch * count).reshape(self.batch, count)
+        return q, *numbers, self.lengths(), tables
 
     def keys(self, numbers: jax.Array) -> jax.Array:
         """The view as [B, S, G, D], or as [G, P, n, D]."""
@@ -125,21 +130,34 @@ def _library(name: str, q, k, v, lengths, tables):
     return jax.nn.dot_product_attention(q[:, None], k, v, implementation=name, **seen)
 
 
-def measure(case: Case, args: argparse.Namespace) -> dict[str, Any]:
-    """One row."""
-    arrays, runs, left_out = case.operands(), {}, {}
-    starts = {name: lambda form=form: lambda: form(*arrays) for name, form in forms(case, args.blocks).items()}
-    if not case.block_size:
-        torch = functools.partial(gpu_peers.torch_decode, case.batch, case.length, case.kv_heads, GROUP, case.head_size)
-        starts |= {f"torch {backend}": functools.partial(torch, backend) for backend in ("flash", "efficient", "cudnn")}
-    for name, start in starts.items():
-        try:
-            runs[name] = start()
-            jax.block_until_ready(runs[name]())
-        except Exception as error:  # whatever a compiler or a device raises: the others are still measured
-            runs.pop(name, None)
-            left_out[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-    return {"case": str(case), "bytes": case.bytes(), "contestants": _figures(case, runs, args), "left out": left_out}
+def measure(args: argparse.Namespace, case: Case) -> dict[str, Any]:
+    """One row: all are compiled first, which other processes may do at the same time, and then run by this one alone."""
+    starts, left_out = {}, {}
+    shapes = jax.eval_shape(case.operands, (jax.ShapeDtypeStruct((case.size,), jnp.bfloat16),) * 2)
+    for name, form in forms(case, args.blocks).items():
+        _try(name, starts, left_out, lambda form=form: form.lower(*shapes).compile())
+    with cards.alone():
+        arrays, runs = case.operands(_numbers(case.size)), {}
+        starts = {name: lambda step=step: functools.partial(step, *arrays) for name, step in starts.items()}
+        if not case.block_size:
+            torch = functools.partial(gpu_peers.torch_decode, case.batch, case.length, case.kv_heads, GROUP, case.head_size)
+            starts |= {f"torch {backend}": functools.partial(torch, backend) for backend in ("flash", "efficient", "cudnn")}
+        for name, start in starts.items():
+            _try(name, runs, left_out, lambda start=start: _once(start()))
+        found = _figures(case, runs, args)
+    return {"case": str(case), "bytes": case.bytes(), "contestants": found, "left out": left_out}
+
+
+def _try(name: str, done: dict[str, Any], left_out: dict[str, str], make: Callable[[], Any]) -> None:
+    try:
+        done[name] = make()
+    except Exception as error:  # whatever a compiler or a device raises: the others are still measured
+        left_out[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+
+
+def _once(run: Callable[[], Any]) -> Callable[[], Any]:
+    jax.block_until_ready(run())
+    return run
 
 
 def _figures(case: Case, runs: dict[str, Callable], args: argparse.Namespace) -> dict[str, Any]:
@@ -157,6 +175,7 @@ def main() -> None:
     parser.add_argument("--blocks", nargs="+", type=_blocks, default=[], help="keys of a tile, stages, consumers: 64,4,2")
     parser.add_argument("--tokens", type=int, default=TOKENS)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=1, help="processes, which compile at the same time and time one by one")
     parser.add_argument("--quick", action="store_true", help="8192 tokens at most")
     parser.add_argument("--out", help="by default results/<device>/decode.json")
     args = parser.parse_args()
@@ -166,12 +185,11 @@ def main() -> None:
     facts = {"clocks": cards.clocks(), "assembler": cards.assembler(), "tokens": args.tokens}
     rows = cards.resumed(out)
     done = [row["case"] for row in rows]
-    for case in cases(args.tokens):
-        if str(case) in done or args.only not in str(case):
-            continue
-        rows.append(measure(case, args))
+    wanted = [case for case in cases(args.tokens) if args.only in str(case) and str(case) not in done]
+    for row in cards.spread(functools.partial(measure, args), wanted, args.jobs):
+        rows.append(row)
         harness.write(out, rows, **facts)
-        print(_line(rows[-1]), flush=True)
+        print(_line(row), flush=True)
 
 
 def _blocks(text: str) -> decode.Blocks:

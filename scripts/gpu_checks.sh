@@ -20,10 +20,13 @@ timeout 60 "$PYTHON" -m benchmarks.gpu_attention --head_sizes 128 64 --masks bia
 timeout 60 "$PYTHON" -m benchmarks.scan_numerics --jobs=8 --commit || echo "numerics: not all scans passed; those stay by name only"
 timeout 120 "$PYTHON" -m benchmarks.gpu_scan --jobs=4 --budget=85 --commit || true
 timeout 240 "$PYTHON" -m benchmarks.gpu_train --jobs=4 --budget=150 || true
-# 4. Block sizes, of the candidates that compile without spills, and the same shapes again with what is fastest.
+# 4. Decoding: numerics, then bytes by time against the bandwidth of a reduction.
+timeout 120 "$PYTHON" -m benchmarks.decode_numerics --jobs=8 --commit || echo "numerics: not passed; decode stays by name only"
+timeout 120 "$PYTHON" -m benchmarks.gpu_decode --jobs=4 || true
+# 5. Block sizes, of the candidates that compile without spills, and the same shapes again with what is fastest.
 timeout 150 "$PYTHON" -m benchmarks.attention_tuning --commit || true
 timeout 120 "$PYTHON" -m benchmarks.gpu_attention --head_sizes 128 64 --masks full causal --lengths 4096 16384 \
   --out "results/$device/attention_tuned.json" || true
-# 5. Everything else: other lengths, windows, documents, longer biases.
+# 6. Everything else: other lengths, windows, documents, longer biases.
 timeout 150 "$PYTHON" -m benchmarks.gpu_attention || true
 ls -l "results/$device"
