@@ -46,7 +46,8 @@ def _neighbours(name: str, size: int) -> Iterator[Blocks]:
         yield from (Blocks(64, 64, 1, stages) for stages in (1, 2, 3))
         return
     visited = (32, 64) if size == 256 else (64, 128, 256)
-    for columns, consumers, stages in itertools.product(visited, (1, 2), (2, 3, 4)):
+    consumed = (1, 2, 3) if name == "forward" and size == 64 else (1, 2)
+    for columns, consumers, stages in itertools.product(visited, consumed, (2, 3, 4)):
         for pingpong in (False, True) if name == "forward" and consumers == 2 else (False,):
             yield Blocks(64, columns, consumers, stages, pingpong, split=name == "dkv" and size == 256 and consumers == 2)
 
@@ -58,7 +59,7 @@ def _least_shared_bytes(blocks: Blocks, size: int) -> int:
 
 def screen(out: str) -> None:
     """A row for each candidate: what the compilers made of it, or why they did not."""
-    rows = cards.resumed(out)
+    rows = cards.rows(out)
     done = {_key(row) for row in rows}
     for kernel in candidates():
         row = _named(kernel)
@@ -78,7 +79,7 @@ def time_survivors(screened: str, out: str, repeats: int, jobs: int = 1) -> list
     """A row for each survivor, with its median milliseconds on this GPU."""
     rows = cards.resumed(out)
     done = {_key(row) for row in rows}
-    survivors = [row for row in cards.resumed(screened) if row["survives"] and _key(row) not in done]
+    survivors = [row for row in cards.rows(screened) if row["survives"] and _key(row) not in done]
     for row in cards.spread(functools.partial(_timed, repeats), survivors, jobs):
         rows.append(row)
         harness.write(out, rows, screened=screened, assembler=cards.assembler(), clocks=cards.clocks())

@@ -39,9 +39,20 @@ def clocks() -> str:
 
 
 def resumed(out: str | None) -> list[dict[str, Any]]:
-    """The rows of an earlier run of the same command that was stopped; none where there is no file."""
+    """The rows of an earlier run of the same command that was stopped; none where there is no file, or one of another commit."""
     path = pathlib.Path(out) if out else None
-    return json.loads(path.read_text())["rows"] if path and path.exists() else []
+    if path is None or not path.exists():
+        return []
+    found = json.loads(path.read_text())
+    if found["environment"]["commit"] == harness.environment()["commit"]:
+        return found["rows"]
+    print(f"{out} is of another commit: measured anew", flush=True)
+    return []
+
+
+def rows(path: str) -> list[dict[str, Any]]:
+    """The rows of a file of figures, of whatever commit; none where there is none."""
+    return json.loads(pathlib.Path(path).read_text())["rows"] if pathlib.Path(path).exists() else []
 
 
 def spread(function: Callable[[Any], Any], items: Iterable[Any], jobs: int, each: int = 10) -> Iterator[Any]:

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from benchmarks import attention_tuning, gpu_attention
+from benchmarks import attention_tuning, cards, gpu_attention, gpu_table
 from kernels.attention.mosaic import tiling
 
 
@@ -51,3 +51,24 @@ def test_nothing_is_timed_without_a_gpu(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["attention_tuning"])
     with pytest.raises(SystemExit, match="blocks are timed on a GPU"):
         attention_tuning.main()
+
+
+def test_the_table_has_every_contestant_and_what_is_left_out():
+    row = {"head_size": 64, "mask": "full", "length": 4096}
+    ours = {"mosaic": {"ms": 1.0, "tflops": 390.4, "of cudnn": 0.86}, "cudnn": {"ms": 0.86, "tflops": 447.0}}
+    rows = [row | {"pass": "backward", "contestants": {"cudnn": ours["cudnn"]}}, row | {"pass": "forward", "contestants": ours}]
+    *_, forward, backward = gpu_table.table(rows).splitlines()
+    assert forward == "| 64 | full | 4096 | forward | 447 | 390 | 0.86 |"
+    assert backward == "| 64 | full | 4096 | backward | 447 | – | – |"
+
+
+def test_rows_of_another_commit_are_not_resumed(tmp_path, capsys):
+    out = tmp_path / "rows.json"
+    out.write_text(json.dumps({"environment": {"commit": "of another time"}, "rows": [{"ms": 1}]}))
+    assert cards.resumed(str(out)) == [] and "measured anew" in capsys.readouterr().out
+    assert cards.rows(str(out)) == [{"ms": 1}]
+
+
+def test_spread_gives_every_result_once():
+    """By two processes, in the order in which they are done."""
+    assert sorted(cards.spread(abs, range(-7, 0), jobs=2)) == list(range(1, 8))
