@@ -19,17 +19,21 @@ from kernels.offline import decode as offline
 
 BLOCKS = decode.Blocks(64, 2, 1)
 INTERPRETED = {
-    "in a row: a chunk of ragged rows, grouped heads, two consumers, more parts than tiles": (
+    "in a row: a chunk of ragged rows, grouped heads, two consumers, a ring that goes round": (
         Case(3, 192, 64, "causal", B=2, H=2, G=1, ragged=True),
         0,
-        decode.Options(decode.Blocks(64, 2, 2), splits=2),
+        decode.Options(decode.Blocks(64, 2, 2), splits=1),
     ),
     "blocks smaller than a tile, an empty row, soft-cap": (
         Case(1, 128, 64, "causal", B=3, H=2, G=1, softcap=3.0, ragged=True),
         16,
         decode.Options(BLOCKS, splits=1),
     ),
-    "blocks larger than a tile": (Case(1, 256, 64, "causal", H=1, G=1), 128, decode.Options(BLOCKS, splits=3)),
+    "blocks larger than a tile, more parts than tiles": (
+        Case(1, 128, 64, "causal", H=1, G=1),
+        128,
+        decode.Options(BLOCKS, splits=3),
+    ),
 }
 
 
