@@ -3,7 +3,7 @@
     python -m benchmarks.gpu_decode                             everything; results/<device>/decode.json, about two minutes
     python -m benchmarks.gpu_decode --jobs 4                    compiled by so many processes, in one
     python -m benchmarks.gpu_decode --only "D=128"              cases whose name has these words
-    python -m benchmarks.gpu_decode --blocks 64,4,2 128,2,2     also with these keys of a tile, stages and consumers
+    python -m benchmarks.gpu_decode --blocks 64,4,2 128,2,2     also so cut, in place of `CANDIDATES`
     python -m benchmarks.gpu_decode --quick                     a small form on any device
 
 Reading keys and values is all the work, so a contestant's figure is their bytes by its time, beside what two reductions over the
@@ -25,6 +25,9 @@ from benchmarks import cards, gpu_peers, harness
 from kernels import devices
 from kernels.attention import paged
 from kernels.attention.mosaic import decode
+
+CANDIDATES = {64: ((64, 9, 3), (128, 4, 2)), 128: ((128, 2, 2), (64, 5, 1)), 256: ()}
+"""Beside those of the table, keys of a tile, stages and consumers that are timed where blocks are of 16 and rows of one length."""
 
 GROUP, TOKENS = 4, 2**19
 """Query heads of a group; tokens whose 8 keys and values of size 128 are 2 GB."""
@@ -97,10 +100,12 @@ BANDWIDTH = {
 }
 
 
-def forms(case: Case, blocks: list[decode.Blocks]) -> dict[str, Callable]:
+def forms(case: Case, blocks: list[decode.Blocks] | None) -> dict[str, Callable]:
     """Functions of `operands`: the bandwidth's, ours and the library's."""
     found = dict(BANDWIDTH)
     if jax.default_backend() != "cpu":
+        if blocks is None:
+            blocks = [decode.Blocks(*x) for x in CANDIDATES[case.head_size] if case.block_size == 16 and not case.ragged]
         ours = {"mosaic": decode.Options()} | {f"mosaic {','.join(map(str, x))}": decode.Options(x) for x in blocks}
         found |= {name: _compiled(case, functools.partial(_ours, case, options)) for name, options in ours.items()}
     if case.block_size:
@@ -172,7 +177,7 @@ def _figures(case: Case, runs: dict[str, Callable], args: argparse.Namespace) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="cases whose name has these words")
-    parser.add_argument("--blocks", nargs="+", type=_blocks, default=[], help="keys of a tile, stages, consumers: 64,4,2")
+    parser.add_argument("--blocks", nargs="+", type=_blocks, help="keys, stages, consumers: 64,4,2")
     parser.add_argument("--tokens", type=int, default=TOKENS)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=1, help="processes, which compile at the same time and time one by one")
