@@ -160,9 +160,8 @@ def main() -> None:
     out = args.out or f"results/{devices.slug(devices.here())}/attention_tuning.json"
     rows = time_survivors(args.screened, out, args.repeats, args.jobs)
     if args.commit:
-        path = devices.blocks_file(devices.here())
-        harness.write(path, [], note="The fastest of the candidates that compile without spills.", mosaic=best(rows))
-        print(f"wrote {path}")
+        note = "The fastest of the candidates that compile without spills."
+        print(f"wrote {cards.commit_blocks('mosaic', best(rows), note=note)}")
 
 
 if __name__ == "__main__":

@@ -120,7 +120,15 @@ def median(times: Sequence[float]) -> float:
 
 def commit(section: str, found: dict[str, Any], **facts: Any) -> pathlib.Path:
     """Add to a section of kernels/numerics/<device>.json, whose other entries stay, what was found out on this device."""
-    path = devices.numerics_file(devices.here())
+    return _add(devices.numerics_file(devices.here()), section, found, **facts)
+
+
+def commit_blocks(section: str, found: dict[str, Any], **facts: Any) -> pathlib.Path:
+    """The same of kernels/blocks/<device>.json."""
+    return _add(devices.blocks_file(devices.here()), section, found, **facts)
+
+
+def _add(path: pathlib.Path, section: str, found: dict[str, Any], **facts: Any) -> pathlib.Path:
     earlier = json.loads(path.read_text()) if path.exists() else {}
     kept = {name: value for name, value in earlier.items() if name not in ("command", "environment", "rows")}
     harness.write(path, rows=[], **(kept | facts | {section: kept.get(section, {}) | found}))

@@ -10,8 +10,8 @@ milliseconds and its share of the bandwidth that a copy reaches in the same run 
 there are, every input read once and every output written once; `with states` counts besides them the states that the
 implementation's forward pass keeps for its backward pass (as `kernels.offline.scan` does). `over` compares with `lax.scan` and
 `lax.associative_scan`. The forward pass is that of inference, which keeps nothing; the backward pass is of an earlier forward. A
-contestant whose first run takes more than a second is timed by that run; one that needs more memory than there is, or fails, is
-in the row with the reason. Written after each case; the same command goes on where it stopped.
+contestant whose first run takes more than a tenth of a second is timed by that run; one that needs more memory than there is, or
+fails, is in the row with the reason. Written after each case; the same command goes on where it stopped.
 """
 
 import argparse
@@ -41,7 +41,7 @@ from kernels.scan import (
 )
 from kernels.scan.ssd import IMPLEMENTATIONS as SSD
 
-SLOW = 1.0
+SLOW = 0.1
 """Seconds of a run above which it is not repeated."""
 HEAD = 64
 """Channels of a head of SSD."""

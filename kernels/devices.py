@@ -2,9 +2,10 @@
 
 `numerics/<device>.json` says which implementations were found right there. A kernel that compiles for a GPU and has only been
 interpreted on a CPU is not chosen on that GPU without being asked for by name, until `python -m benchmarks.attention_numerics`
-(of scans `benchmarks.scan_numerics`) has run there and the file it writes is committed. Of scans it also holds, under `fastest`,
-the order that `python -m benchmarks.gpu_scan --commit` measured there. `blocks/<device>.json` holds block sizes, which `python -m
-benchmarks.attention_tuning` writes. All are looked up by the device's kind alone, never tuned or checked while a program runs.
+(of scans `benchmarks.scan_numerics`) has run there and the file it writes is committed. Of scans it also holds, under
+`fastest`, the order that `python -m benchmarks.gpu_scan --commit` measured there. `blocks/<device>.json` holds block sizes,
+which `python -m benchmarks.attention_tuning` and `benchmarks.scan_tuning` write. All are looked up by the device's kind alone,
+never tuned or checked while a program runs.
 """
 
 import functools
@@ -64,7 +65,7 @@ def _fastest(op: str, kind: str) -> tuple[str, ...]:
 
 @functools.cache
 def blocks(implementation: str, kind: str) -> dict[str, dict[int, dict[str, Any]]]:
-    """For each pass and head size, the fields of the implementation's `Blocks`."""
+    """For each pass and head size (of scans, number of states), the fields of the implementation's `Blocks`."""
     table = _read(blocks_file(kind)).get(implementation) or _read(blocks_file(FALLBACK))[implementation]
     return {name: {int(size): entry for size, entry in entries.items()} for name, entries in table.items()}
 

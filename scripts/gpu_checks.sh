@@ -27,6 +27,7 @@ numerics() { # what passes may become a default on this kind of device; XLA's ow
 
 blocks() { # of the candidates that compile without spills
   run 90 benchmarks.attention_tuning --jobs=$jobs --commit
+  run 90 benchmarks.scan_tuning --jobs=$jobs --commit
 }
 
 attention() { # the shapes that the targets are about, against cuDNN and PyTorch; few processes where scores are held in memory

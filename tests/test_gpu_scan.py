@@ -6,11 +6,12 @@ import sys
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import cards, gpu_scan, scan_numerics
+from benchmarks import cards, gpu_scan, scan_numerics, scan_tuning
 from kernels import devices
 from kernels.dispatch import Implementation, anything
-from kernels.scan import numerics
+from kernels.scan import numerics, selective_blocks, selective_portable
 from kernels.scan.numerics import Case
+from kernels.scan.selective_blocks import Blocks
 
 
 def test_the_benchmark_writes_after_each_case_and_resumes(tmp_path, monkeypatch, quick_compile):
@@ -97,3 +98,18 @@ def test_the_order_is_that_of_both_passes_of_the_first_case():
     rows = [row(second, "forward", chunked=1.0, triton=9.0), row(second, "backward", chunked=1.0, triton=9.0)]
     rows += [row(first, "forward", chunked=3.0, triton=1.0), row(first, "backward", chunked=5.0, triton=4.0)]
     assert gpu_scan.fastest(rows) == {"ssd": ["triton", "chunked"]}
+
+
+def test_tuning_times_candidates_and_keeps_the_table_elsewhere():
+    small = gpu_scan.Case("selective_scan", 1, 4, 8, 2, "float32")
+    row = {"implementation": "portable", "states": 2, **Blocks(8, 2, 2, 4, 1)._asdict()}
+    assert scan_tuning.timed(1, row, small)["median_ms"] > 0
+    failed = scan_tuning.timed(1, row | {"implementation": "triton"}, small)
+    assert "median_ms" not in failed and failed["error"]
+    rows = [row | {"states": 16, "channels": channels, "median_ms": ms} for channels, ms in ((64, 3.0), (32, 1.0), (128, 2.0))]
+    best = scan_tuning.best([*rows, failed], "portable")
+    own = selective_portable.table()
+    assert best["16"]["channels"] == 32 and best["64"] == own[64]._asdict()
+    for (name, states), blocks in scan_tuning.CANDIDATES.items():
+        assert blocks[0] == selective_blocks.table(name, devices.FALLBACK)[states]
+        assert all(entry.K % entry.forward == entry.K % entry.backward == 0 for entry in blocks)

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels import compat
-from kernels.devices import SHARED_BYTES
+from kernels.devices import FALLBACK, SHARED_BYTES
 from kernels.offline.compiler import TritonCall, compile_source, compile_triton, requested_bytes, triton_calls
 from kernels.scan import portable, selective_blocks, selective_portable, ssd_triton, triton
 from kernels.scan.selective_blocks import Plan
@@ -53,9 +53,9 @@ def kernels() -> Iterator[Kernel]:
     for name in ("forward", "backward"):
         for options in OPTIONS:
             yield from (Kernel(name, dtype, 16, options) for dtype in ("bfloat16", "float32"))
-        yield from (Kernel(name, "bfloat16", states, "all") for states in selective_portable.BLOCKS if states != 16)
+        yield from (Kernel(name, "bfloat16", states, "all") for states in selective_portable.table(FALLBACK) if states != 16)
     for name, dtype in itertools.product(("forward", "backward"), ("bfloat16", "float32")):
-        yield from (Kernel(name, dtype, states, "all", "triton") for states in triton.BLOCKS)
+        yield from (Kernel(name, dtype, states, "all", "triton") for states in triton.table(FALLBACK))
     yield from (Kernel("ssd", "bfloat16", states, "all", "triton") for states in ssd_triton.SIZES)
     for dtype in ("float32", "complex64"):
         yield from (Kernel(name, dtype, 1, "bare") for name in ("linear", "linear, time-invariant"))
@@ -77,7 +77,7 @@ def arguments(kernel: Kernel, batch: int = BATCH, length: int = LENGTH) -> tuple
 
 def plan_of(kernel: Kernel, length: int = LENGTH) -> Plan:
     """How the call is cut."""
-    blocks = selective_blocks.shrink(HOMES[kernel.implementation].BLOCKS[kernel.states], length, CHANNELS)
+    blocks = selective_blocks.shrink(HOMES[kernel.implementation].table(FALLBACK)[kernel.states], length, CHANNELS)
     return Plan(blocks, length, softplus=True, reverse="reverse" in OPTIONS[kernel.options], interpret=False)
 
 

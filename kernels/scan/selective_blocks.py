@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from kernels import devices
 from kernels.scan.selective_reference import Inputs, State
 
 
@@ -30,6 +31,12 @@ class Blocks(NamedTuple):
     backward: int
     K: int
     warps: int
+
+
+def table(implementation: str, kind: str | None = None) -> dict[int, Blocks]:
+    """For each number of states (the next one up is used), the blocks on such a device; None: on the one that is here."""
+    found = devices.blocks(f"selective_{implementation}", devices.here() if kind is None else kind)
+    return {states: Blocks(**entry) for states, entry in found["scan"].items()}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,9 +21,8 @@ from kernels.scan import selective_blocks
 from kernels.scan.selective_blocks import Blocks, Gradients, Passes, Plan
 from kernels.scan.selective_reference import Inputs, State
 
-BLOCKS = {16: Blocks(64, 4, 2, 16, 8), 64: Blocks(32, 4, 1, 8, 8), 256: Blocks(8, 4, 1, 8, 8)}
-"""For each number of states (the next one up is used), the blocks to start from on an H200: checked by `kernels.offline` to
-spill nothing, not measured."""
+table = functools.partial(selective_blocks.table, "portable")
+"""Blocks by states; those of `kernels.offline` spill nothing."""
 
 
 class Update(NamedTuple):
@@ -37,13 +36,14 @@ class Update(NamedTuple):
 
 
 def blocks_of(states: int) -> Blocks:
-    """The entry of `BLOCKS` for so many states."""
-    return BLOCKS[next(size for size in sorted(BLOCKS) if size >= states)]
+    """The entry of `table` for so many states."""
+    found = table()
+    return found[next(size for size in sorted(found) if size >= states)]
 
 
 def why_not(spec) -> str | None:
     """The reason the kernels cannot run this call."""
-    largest = max(BLOCKS)
+    largest = max(table())
     reasons = {
         f"it is written for NVIDIA GPUs, and interpreted on cpu, not for {spec.platform}": spec.platform not in ("cpu", "gpu"),
         f"on a GPU its state is float32, not {spec.dtype}": spec.platform == "gpu" and spec.dtype != "float32",
@@ -58,7 +58,7 @@ def scan(
     """y [B, L, G, F] and h_last [B, G, N, F], as `selective_reference.scan`. Deterministic; memory B L E (1 + N / K).
 
     Args:
-      blocks: in place of those of `BLOCKS`.
+      blocks: in place of those of `table`.
       interpret: run Pallas's interpreter; None: where the default device is a CPU.
     """
     interpret = jax.default_backend() == "cpu" if interpret is None else interpret

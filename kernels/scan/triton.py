@@ -17,22 +17,22 @@ from kernels.scan import selective_blocks
 from kernels.scan.selective_blocks import Blocks, Gradients, Passes, Plan
 from kernels.scan.selective_reference import Inputs, State
 
-BLOCKS = {16: Blocks(64, 4, 8, 8, 8), 32: Blocks(32, 2, 8, 8, 8)}
-"""For each number of states (the next one up is used), the blocks to start from on an H200; not measured. A chunk is one span of
-the backward pass, whose warps these are; forward, a thread has a channel, and warps as many as that makes."""
+table = functools.partial(selective_blocks.table, "triton")
+"""Blocks by states. A chunk is one span of the backward pass, whose warps these are; forward, a thread has a channel."""
 
 MOST_AHEAD = 64
 """Words of B and C of a span up to which the next one is loaded while a span is computed: registers hold both."""
 
 
 def blocks_of(states: int) -> Blocks:
-    """The entry of `BLOCKS` for so many states."""
-    return BLOCKS[next(size for size in sorted(BLOCKS) if size >= states)]
+    """The entry of `table` for so many states."""
+    found = table()
+    return found[next(size for size in sorted(found) if size >= states)]
 
 
 def why_not(spec) -> str | None:
     """The reason the kernels cannot run this call here."""
-    largest = max(BLOCKS)
+    largest = max(table())
     reasons = {
         f"Triton runs on NVIDIA GPUs, not on {spec.platform}": spec.platform != "gpu",
         "it needs jax-triton, which is not installed: pip install jax-triton": importlib.util.find_spec("jax_triton") is None,
@@ -48,7 +48,7 @@ def scan(
     """y [B, L, G, F] and h_last [B, G, N, F], as `selective_reference.scan`. Deterministic; memory B L E (1 + N / K).
 
     Args:
-      blocks: in place of those of `BLOCKS`; a chunk is one span, so all three sizes in time are the same.
+      blocks: in place of those of `table`; a chunk is one span, so all three sizes in time are the same.
     """
     return selective_blocks.run(PASSES, plan_of(softplus, reverse, inputs, blocks), inputs, keep)
 

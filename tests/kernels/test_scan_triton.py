@@ -49,7 +49,7 @@ print(json.dumps([rows, scan.problems(rows)]))
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     rows, problems = json.loads(done.stdout)
-    assert len(rows) == 4 * len(triton.BLOCKS) + len(ssd_triton.SIZES) and problems == []
+    assert len(rows) == 4 * len(triton.table()) + len(ssd_triton.SIZES) and problems == []
     assert all(row["wgmma"] > 0 for row in rows if row["name"] == "ssd")
     assert all(row["registers"] > 32 for row in rows)
 
@@ -96,11 +96,11 @@ def test_without_jax_triton_the_reason_says_what_to_install(monkeypatch):
     assert "pip install jax-triton" in triton.why_not(SPEC)
 
 
-@pytest.mark.parametrize("states", triton.BLOCKS)
+@pytest.mark.parametrize("states", triton.table())
 def test_a_chunk_is_one_span_of_the_backward_pass(states):
     """At every length: T is a power of two, and the kept states are those before the chunks that a program takes at once."""
     for length in (1, 2, 3, 17, 4096):
-        blocks = shrink(triton.BLOCKS[states], length, 100)
+        blocks = shrink(triton.table()[states], length, 100)
         assert blocks.backward == blocks.K and blocks.K % blocks.forward == 0 and blocks.K & (blocks.K - 1) == 0
 
 

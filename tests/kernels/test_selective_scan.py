@@ -25,7 +25,7 @@ scan = jax.jit(selective_scan, static_argnames=("softplus", "reverse", "implemen
 @pytest.fixture(autouse=True)
 def single_steps(monkeypatch):
     """Nothing unrolled in the Pallas kernels, which is quick to compile; test_scan_portable has spans of several steps."""
-    monkeypatch.setattr(selective_portable, "BLOCKS", {256: Blocks(64, 1, 1, 4, 8)})
+    monkeypatch.setattr(selective_portable, "table", lambda: {256: Blocks(64, 1, 1, 4, 8)})
 
 
 @pytest.fixture
