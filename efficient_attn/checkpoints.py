@@ -144,7 +144,8 @@ class Checkpoints:
         try:
             self.wait()
         finally:
-            self._orbax.close()
+            with contextlib.suppress(OSError):  # of a file that is never read, in a save that `wait` has reported
+                self._orbax.close()
 
     def steps(self) -> list[int]:
         """The committed steps, whole or not, in increasing order."""
@@ -289,8 +290,7 @@ class Checkpoints:
             reason = reason or " ".join(str(error).split()).rstrip(".") or repr(error)
             raise CheckpointError(
                 f"saving step {step} in {self.directory} failed: {reason}. Checkpoints before it are intact: "
-                f"{self._others(step)}. Remove the cause (free some disk space?) and run the same command to continue from the "
-                "newest of them."
+                f"{self._others(step)}. Remove the cause (free some disk space?); the same command continues from the newest."
             ) from error
 
     def _remove_unfinished(self, step: int) -> None:

@@ -109,11 +109,12 @@ def read_only(place: Place) -> Row:
 
 
 def no_permission(place: Place) -> Row:
-    """All of the run's folder, or something in it, may not be written by the user who runs the command."""
+    """All of the run's folder, or one file or folder in it, may not be written by the user who runs the command."""
     place.stopped(place.step())
-    paths = (place.workdir, *sorted(place.workdir.rglob("*")))
-    names = {"all": paths, **{f"number {i}": (path,) for i, path in enumerate(paths)}}
-    protected = names[place.draw("what", "all", list(names))]
+    paths = (place.workdir, *place.workdir.rglob("*"))
+    names = {path.relative_to(place.workdir).as_posix(): path for path in paths}
+    what = place.draw("what", "all", ["all", *sorted(name for name in names if name.count("/") < 2)])
+    protected = paths if what == "all" else (names[what],)
     for path in paths:
         path.chmod((0o777 if path.is_dir() else 0o666) & (~0o222 if path in protected else ~0))
     place.folder.chmod(0o777)
