@@ -215,6 +215,20 @@ def test_no_space_for_the_seal(open_checkpoints, caplog, monkeypatch):
     check_recovery(checkpoints, caplog)
 
 
+def test_the_error_of_a_save_is_the_one_that_is_told(open_checkpoints, monkeypatch):
+    """On a disk of 12 KiB Orbax, when it is closed, complains once more: of a file that is never read."""
+
+    def complain() -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    checkpoints = open_checkpoints()
+    save_all(checkpoints, {1: 0.5})
+    monkeypatch.setattr(checkpoints._orbax, "close", complain)
+    monkeypatch.setattr(checkpoints, "wait", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        checkpoints.close()
+
+
 def test_disk_full(open_checkpoints, tmp_path, caplog):
     disk = tmp_path / "disk"
     disk.mkdir()
