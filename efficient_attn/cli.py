@@ -1,6 +1,5 @@
 """What the command lines share: flags, the default workdir, and errors as one clear line."""
 
-import os
 import pathlib
 import re
 import sys
@@ -10,9 +9,10 @@ from collections.abc import Callable, Iterator, Sequence
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from efficient_attn import distributed
 from efficient_attn.arguments import ConfigError, shown, suggest
 from efficient_attn.checkpoints import CheckpointError
-from efficient_attn.distributed import PeerError, PeerLost
+from efficient_attn.distributed import LOST_STATUS, PeerError, PeerLost
 from efficient_attn.preemption import Preempted
 from efficient_attn.tables import load_module
 from efficient_attn.tasks.base import TaskError
@@ -20,8 +20,8 @@ from efficient_attn.training import TrainingDiverged
 from efficient_attn.workdir import WorkdirBusy, WorkdirError
 
 EXIT_CODES = {
-    ConfigError: 2, TaskError: 2, WorkdirError: 2, CheckpointError: 3, TrainingDiverged: 4, WorkdirBusy: 5, PeerError: 6,
-    Preempted: 75,
+    ConfigError: 2, TaskError: 2, WorkdirError: 2, CheckpointError: 3, TrainingDiverged: 4, WorkdirBusy: 5,
+    PeerError: LOST_STATUS, Preempted: 75,
 }  # fmt: skip
 """Exit status by error, else by its nearest ancestor; 5: another run has the folder; 6: another process of the run failed; 75 is
 sysexits' EX_TEMPFAIL: the same command continues the run."""
@@ -45,10 +45,7 @@ def run(main: Callable[[], None]) -> None:
         try:
             main()
         except PeerLost as error:
-            print(f"error: {error}", file=sys.stderr)
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(EXIT_CODES[PeerError])
+            distributed.end(error)
         except tuple(EXIT_CODES) as error:
             _fail(f"{error}", next(EXIT_CODES[kind] for kind in type(error).__mro__ if kind in EXIT_CODES))
         except KeyboardInterrupt:

@@ -1,13 +1,17 @@
 """Several processes that train one run: how they find each other, and what one of them does for all."""
 
+import atexit
 import contextlib
 import ctypes
 import hashlib
 import itertools
+import os
 import re
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from typing import NoReturn
 
 import jax
 import numpy as np
@@ -21,6 +25,9 @@ HEARTBEAT_SECONDS = 30
 
 WAIT_SECONDS = 300
 """How long a process waits for the others to start."""
+
+LOST_STATUS = 6
+"""The exit status of a process whose peer is lost."""
 
 _PATIENCE_MS = 14 * 24 * 3600 * 1000
 """How long the others wait for what process 0 does alone. One that is lost meanwhile ends the wait."""
@@ -63,16 +70,46 @@ def initialize(coordinator: str | None, num_processes: int | None, process_id: i
             f"the processes of this run cannot find each other: {reason}. Start them by srun, mpirun or a Kubernetes job, or "
             "give --coordinator=HOST:PORT --num_processes=N --process_id=I"
         ) from error
+    if not is_first():
+        _watch_first()
 
 
 def _let_python_speak_first() -> None:
     """Once JAX knows of a lost process it ends this one by abort(), in a thread of its own and in ten lines of C++.
 
     The call in which Python waits for the lost one fails at the same moment. So abort() first sleeps, for as many seconds as
-    the number that its signal handler is given (6), in which `PeerLost` can be raised and told.
+    the number that its signal handler is given (6), in which `PeerLost` can be raised and told. Python gets no word in where it
+    holds its lock that long: then JAX's message is the last, and the exit status that of abort(), 134.
     """
     libc = ctypes.CDLL(None)
     libc.signal(ctypes.c_int(signal.SIGABRT), ctypes.cast(libc.sleep, ctypes.c_void_p))
+
+
+def _watch_first() -> None:
+    """End this process when process 0 is gone: what is asked of that one from then on is never answered.
+
+    A thread waits for process 0 where it never comes, and so is told.
+    """
+    ending = threading.Event()
+    atexit.register(ending.set)
+
+    def wait() -> None:
+        try:
+            with together():
+                ocp.multihost.get_barrier_sync_fn()(key="never", timeout_ms=_PATIENCE_MS)
+        except PeerLost as error:
+            if not ending.is_set():
+                end(error)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def end(error: PeerLost) -> NoReturn:
+    """Say it and end, without the exit handlers."""
+    print(f"error: {error}", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(LOST_STATUS)
 
 
 def _check_address(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:

@@ -6,7 +6,7 @@ import pytest
 from absl import app, flags
 from ml_collections import config_flags
 
-from efficient_attn import cli
+from efficient_attn import cli, distributed
 from efficient_attn.analysis.base import AnalysisError
 from efficient_attn.arguments import ConfigError
 from efficient_attn.distributed import PeerLost
@@ -34,7 +34,7 @@ def test_a_process_whose_others_are_lost_does_not_wait_for_them(monkeypatch, cap
         raise SystemExit(f"at once with {status}")
 
     monkeypatch.setattr(app, "run", lambda guarded, **_: guarded([]))
-    monkeypatch.setattr(cli.os, "_exit", leave)
+    monkeypatch.setattr(distributed.os, "_exit", leave)
     with pytest.raises(SystemExit, match="at once with 6"):
         cli.run(fail)
     assert capsys.readouterr().err == "error: one is lost\n"
