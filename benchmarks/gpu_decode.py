@@ -8,13 +8,15 @@
 
 Reading keys and values is all the work, so a contestant's figure is their bytes by its time, beside what two reductions over the
 same arrays and a copy (of what it reads and writes) reach in the same turns: `of read` is its share of the better reduction. A
-contestant that cannot run is in the row with its reason. Written after each row; the same command goes on where it stopped.
+contestant that cannot run is in the row with its reason. Written after each row, and as a table beside the file at the end; the same
+command goes on where it stopped.
 Numerics first: `python -m benchmarks.decode_numerics`.
 """
 
 import argparse
 import dataclasses
 import functools
+import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -195,6 +197,25 @@ def main() -> None:
         rows.append(row)
         harness.write(out, rows, **facts)
         print(_line(row), flush=True)
+    if rows:
+        pathlib.Path(out).with_suffix(".md").write_text(table(rows, facts))
+
+
+def table(rows: list[dict[str, Any]], facts: dict[str, Any]) -> str:
+    """GB/s of each contestant, and its share of the better reduction."""
+    names = [name for name in dict.fromkeys(name for row in rows for name in row["contestants"]) if name != "read rows"]
+
+    def cell(row: dict[str, Any], name: str) -> str:
+        found = row["contestants"]
+        if name not in found:
+            return "–"
+        best = max(("read", "read rows"), key=lambda which: found[which]["GB/s"]) if name == "read" else name
+        return f"{found[best]['GB/s']:.0f} ({found[best]['of read']:.2f})"
+
+    lines = [{"case": row["case"]} | {name: cell(row, name) for name in names} for row in rows]
+    return (
+        f"{facts['clocks'].split(',')[0]}: GB/s of keys and values (share of the bandwidth read).\n\n{harness.markdown(lines)}\n"
+    )
 
 
 def _blocks(text: str) -> decode.Blocks:
