@@ -8,7 +8,7 @@
 
 Reading keys and values is all the work, so a contestant's figure is their bytes by its time, beside what two reductions over the
 same arrays and a copy (of what it reads and writes) reach in the same turns: `of read` is its share of the better reduction. A
-contestant that cannot run is in the row with its reason. Written after each row, and as a table beside the file at the end; the same
+contestant that cannot run is in the row with its reason. Written after each row, and as a table beside it at the end; the same
 command goes on where it stopped.
 Numerics first: `python -m benchmarks.decode_numerics`.
 """
