@@ -48,8 +48,7 @@ def _neighbours(name: str, size: int) -> Iterator[Blocks]:
     visited = (32, 64) if size == 256 else (64, 128, 256)
     consumed = (1, 2, 3) if name == "forward" and size == 64 else (1, 2)
     for columns, consumers, stages in itertools.product(visited, consumed, (2, 3, 4)):
-        for pingpong in (False, True) if name == "forward" and consumers == 2 else (False,):
-            yield Blocks(64, columns, consumers, stages, pingpong, split=name == "dkv" and size == 256 and consumers == 2)
+        yield Blocks(64, columns, consumers, stages, split=name == "dkv" and size == 256 and consumers == 2)
 
 
 def _least_shared_bytes(blocks: Blocks, size: int) -> int:

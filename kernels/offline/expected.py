@@ -6,7 +6,7 @@ For each pass, with the block table's tiles and the tiles that the mask's lists 
 rate large matrix products reach, those of the exponentials, of other arithmetic on scores, of tiles from the second-level cache
 and arrays from memory, and how full the last wave of programs leaves the processors, of which each holds as many programs as
 the registers and shared memory of the compiled kernel allow (`python -m kernels.offline --op=mosaic --compile` wrote them).
-`best` overlaps all of them, as ping-pong scheduling tries to; `worst` overlaps products with no arithmetic on scores. Launches,
+`best` overlaps all of them, as several consumers try to; `worst` overlaps products with no arithmetic on scores. Launches,
 barriers, the pipeline's start, the bytes of stored tiles and clocks that sink under load are left out. Operations are those of
 allowed pairs, so that a sparse pattern whose blocks fill tiles badly loses its rate. Where a
 target is a ratio to dense causal attention of our own, the same ratio of the model stands beside it.

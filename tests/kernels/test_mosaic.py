@@ -27,9 +27,9 @@ INTERPRETED = {
         Case(40, 100, 64, "causal", H=2, G=1, documents=3, bias="ALiBi", positions=True),
         dict.fromkeys(tiling.PASSES, ALONE) | {"dkv": mosaic.Blocks(64, 32, 2, 2, split=True)},
     ),
-    "two consumers in turns, or on the same rows, soft-cap, a table": (
+    "two consumers with rows of their own or with the same, soft-cap, a table": (
         Case(128, 128, 64, "window", H=1, G=1, softcap=5.0, bias="dense"),
-        {"forward": BOTH._replace(pingpong=True), "dkv": BOTH._replace(split=True), "dq": BOTH, "table": ALONE},
+        {"forward": BOTH, "dkv": BOTH._replace(split=True), "dq": BOTH, "table": ALONE},
     ),
     "stored tiles that differ by head, T5's buckets": (
         Case(70, 100, 64, "by head", bias="T5"),

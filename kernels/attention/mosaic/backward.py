@@ -28,6 +28,7 @@ from kernels.attention.mosaic.program import (
     longest_first,
     matrix,
     of_pairs,
+    own_line,
     pair_buffers,
     run_roles,
     store,
@@ -79,13 +80,13 @@ def run_dkv(tiling: Tiling, call: Call, rows: Rows) -> list[Array]:
     scratch = [[own, loaded, plgpu.Barrier(num_arrivals=2)], Ring.scratch(tiling, tiles)]
     grid = {"group": G, "line": tiling.columns, "batch": B}
     kernel = functools.partial(_dkv_kernel, tiling)
-    return launch(kernel, "dkv", tiling, grid, out, scratch, padded, in_base_2(rows, tiling), listed, longest_first(listed))
+    return launch(kernel, "dkv", tiling, grid, out, scratch, padded, in_base_2(rows, tiling), listed)
 
 
 def _dkv_kernel(tiling: Tiling, operands, outputs, scratch):
-    call, rows, listed, order = operands
+    call, rows, listed = operands
     keys, ring = scratch[0], Ring(*scratch[1])
-    group, b, column = lax.axis_index("group"), lax.axis_index("batch"), order[lax.axis_index("line")]
+    group, column, b = (lax.axis_index(name) for name in ("group", "line", "batch"))  # the first columns are the longest, if any
     gpu, stages = machine(tiling.interpret), tiling.blocks.stages
 
     of_heads = functools.partial(_walk_heads, call, listed, b, group, column)
@@ -195,7 +196,7 @@ def _dq_kernel(tiling: Tiling, operands, outputs, scratch):
     call, rows, listed, order = operands
     queries, ring = scratch[0], Ring(*scratch[1])
     head, b = lax.axis_index("head"), lax.axis_index("batch")
-    row = order[lax.axis_index("line")]
+    row = own_line(order, tiling.rows)
     gpu, stages = machine(tiling.interpret), tiling.blocks.stages
 
     def produce():

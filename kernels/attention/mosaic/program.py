@@ -178,9 +178,18 @@ def walk(listed: Lists, b, head, line, visit: Callable, state):
 
 
 def longest_first(listed: Lists) -> Any:
-    """The lines, those with most tiles first: programs start in this order, and none is left alone with a long one at the end."""
-    fewest = -listed.visits.reshape(-1, listed.visits.shape[-1]).max(axis=0)
-    return (np if isinstance(fewest, np.ndarray) else jnp).argsort(fewest, stable=True).astype(np.int32)
+    """The lines, those with most tiles first, so that no program is left alone with a long one at the end; None where the last
+    lines are the longest, as under a causal mask."""
+    visits = listed.visits.reshape(-1, listed.visits.shape[-1]).max(axis=0)
+    if not isinstance(visits, np.ndarray):
+        return jnp.argsort(-visits, stable=True)
+    return None if (np.diff(visits) >= 0).all() else np.argsort(-visits, stable=True).astype(np.int32)
+
+
+def own_line(order: Any, lines: int) -> jax.Array:
+    """A program's line, by what `longest_first` gave."""
+    at = lax.axis_index("line")
+    return lines - 1 - at if order is None else order[at]
 
 
 def visits(listed: Lists, b, head, line) -> jax.Array:

@@ -33,7 +33,6 @@ class Blocks(NamedTuple):
 
     A program owns `consumers` * `own` rows (queries in the forward pass and for dq, keys for dk and dv), `own` for each of its
     consumer warpgroups, and visits the other side in tiles of `visited`, of which `stages` are in shared memory at a time.
-    `pingpong`: two consumers take turns on the tensor cores, one multiplies while the other computes its softmax.
     `split`: two consumers share their rows, one computes dk and the other dv: both sums would not fit into one's registers.
     """
 
@@ -41,7 +40,6 @@ class Blocks(NamedTuple):
     visited: int
     consumers: int
     stages: int
-    pingpong: bool = False
     split: bool = False
 
     @property
