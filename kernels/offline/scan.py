@@ -56,7 +56,8 @@ def kernels() -> Iterator[Kernel]:
         yield from (Kernel(name, "bfloat16", states, "all") for states in selective_portable.table(FALLBACK) if states != 16)
     for name, dtype in itertools.product(("forward", "backward"), ("bfloat16", "float32")):
         yield from (Kernel(name, dtype, states, "all", "triton") for states in triton.table(FALLBACK))
-    yield from (Kernel("ssd", "bfloat16", states, "all", "triton") for states in ssd_triton.SIZES)
+    for name, states in itertools.product(("ssd forward", "ssd backward"), ssd_triton.SIZES):
+        yield Kernel(name, "bfloat16", states, "all", "triton")
     for dtype in ("float32", "complex64"):
         yield from (Kernel(name, dtype, 1, "bare") for name in ("linear", "linear, time-invariant"))
 
@@ -134,7 +135,7 @@ def traffic(kernel: Kernel, batch: int = BATCH, length: int = LENGTH) -> dict[st
 def report(kernel: Kernel, compiled: bool) -> dict[str, Any]:
     """One line of the table."""
     row = dataclasses.asdict(kernel)
-    if kernel.name == "ssd":
+    if kernel.name.startswith("ssd"):
         row |= _ssd_traffic(kernel) | {"requested": "not counted"}
     elif kernel.implementation == "triton":
         row |= traffic(kernel) | {"requested": "not counted"}
@@ -156,7 +157,7 @@ def problems(rows: list[dict]) -> list[str]:
             found.append(f"{name}: spills {row['spilled_bytes']} bytes")
         if row.get("shared_bytes", 0) > SHARED_BYTES:
             found.append(f"{name}: {row['shared_bytes']} bytes of shared memory, of {SHARED_BYTES}")
-        if row["name"] == "ssd" and not row.get("tensor_core", 1):
+        if row["name"].startswith("ssd") and not row.get("tensor_core", 1):
             found.append(f"{name}: no tensor-core instruction")
         is_fused = row["name"] in ("forward", "backward") and row["states"] <= 16 and row["options"] != "bare"
         if is_fused and row["ratio"] > MOST_BYTES:
@@ -168,10 +169,10 @@ def _source(kernel: Kernel) -> tuple:
     """The arguments of `compile_source` for a kernel in Triton's language."""
     from kernels.scan import ssd_triton_kernels, triton_kernels
 
-    if kernel.name == "ssd":
-        arrays, outputs, constants = ssd_triton.arguments(*_ssd_operands(kernel))
-        blocks = ssd_triton.blocks_of(HEAD, kernel.states)
-        return ssd_triton_kernels.forward, [*arrays, *outputs], constants, blocks.warps, blocks.stages
+    if kernel.name.startswith("ssd"):
+        arrays, outputs, constants, blocks = _ssd_arguments(kernel)
+        run = getattr(ssd_triton_kernels, kernel.name.removeprefix("ssd "))
+        return run, [*arrays, *outputs], constants, blocks.warps, blocks.stages
     plan = plan_of(kernel)
     if kernel.name == "forward":
         arrays, outputs, constants = triton.forward_arguments(plan, *arguments(kernel)[:2], with_states=True)
@@ -181,22 +182,33 @@ def _source(kernel: Kernel) -> tuple:
     return getattr(triton_kernels, kernel.name), [*arrays, *outputs], constants, warps
 
 
-def _ssd_operands(kernel: Kernel) -> tuple:
-    """x, dt, log-decays, B, C, D, h0, of one group."""
+def _ssd_arguments(kernel: Kernel) -> tuple:
+    """Arrays, outputs, constants and blocks of a pass of training, of one group."""
     time, heads, N = (BATCH, LENGTH, 1), CHANNELS // HEAD, kernel.states
-    in_time = [jax.ShapeDtypeStruct((*time, *rest), kernel.dtype) for rest in ((heads, HEAD), (N,))]
+    x, B = (jax.ShapeDtypeStruct((*time, *rest), kernel.dtype) for rest in ((heads, HEAD), (N,)))
     steps, skip, h0 = (jax.ShapeDtypeStruct(s, "float32") for s in ((*time, heads), (1, heads), (BATCH, 1, heads, HEAD, N)))
-    return in_time[0], steps, steps, in_time[1], in_time[1], skip, h0
+    forward = ssd_triton.forward_arguments(x, steps, steps, B, B, skip, h0, kept=True)
+    if kernel.name == "ssd forward":
+        return forward
+    return ssd_triton.backward_arguments(x, steps, steps, B, B, skip, forward[1][2], x, h0)
 
 
 def _ssd_traffic(kernel: Kernel) -> dict[str, int]:
-    """No state but the first and the last; B and C, and the steps of a head, once for each program that needs them."""
-    x, steps, _, B, _, skip, h0 = _ssd_operands(kernel)
-    heads = CHANNELS // HEAD
-    once = _bytes((x, x, h0, h0))
-    programs = heads * HEAD // ssd_triton.blocks_of(HEAD, kernel.states).channels
-    moved = once + programs * _bytes((B, B)) + programs // heads * _bytes((steps, steps)) + BATCH * _bytes(skip)
-    return {"ideal": once + _bytes((B, B, steps, steps, skip)), "moved": moved}
+    """B, C and the numbers of a head's steps count once for each program that reads them; parts are written, and read to be
+    added up to what is ideal to write."""
+    arrays, outputs, constants, blocks = _ssd_arguments(kernel)
+    programs = constants["H"] * constants["P"] // blocks.channels
+    B, skip = arrays[3], arrays[5]
+    shared = _bytes((B, B)), programs // constants["H"] * _bytes(arrays[1:3]), BATCH * _bytes(skip)
+    once = _bytes(arrays) - _bytes((*arrays[1:3], B, B, skip))
+    if kernel.name == "ssd forward":
+        least = _bytes(arrays) + _bytes(outputs)
+        return {"ideal": least, "moved": once + programs * shared[0] + sum(shared[1:]) + _bytes(outputs)}
+    d = ssd_triton.Gradients(*outputs)
+    parts = _bytes((d.dt, d.log_decay, d.B, d.C, d.D))
+    summed = _bytes((*arrays[1:3], B, B, skip))
+    moved = once + programs * shared[0] + sum(shared[1:]) + _bytes((d.x, d.h0)) + 2 * parts + summed
+    return {"ideal": _bytes(arrays) + _bytes((d.x, d.h0)) + summed, "moved": moved}
 
 
 def _checked_traffic(kernel: Kernel, call: TritonCall) -> dict[str, int]:

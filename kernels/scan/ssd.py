@@ -43,7 +43,7 @@ IMPLEMENTATIONS = {
     "triton": Implementation(
         jax.jit(ssd_triton.scan),
         ssd_triton.why_not,
-        "a Triton kernel through jax-triton, products of 16 bits on tensor cores; backward by chunked",
+        "Triton kernels through jax-triton, products of 16 bits on tensor cores",
     ),
 }
 PREFERENCE = ("chunked", "reference")  # measured on CPU; on a GPU what was measured there goes first

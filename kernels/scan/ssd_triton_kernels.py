@@ -1,15 +1,20 @@
 """State-space duality in Triton's own language; imported only where Triton is (`kernels.scan.ssd_triton` launches it).
 
 A program owns BP channels of one head of one batch row and goes through time in chunks of Q steps, the state [BP, N] in registers
-from one to the next, so that no state but the last is ever in memory. Inside a chunk all is products of matrices on tensor cores,
+from one to the next, and in memory only if it is kept. Inside a chunk all is products of matrices on tensor cores,
 operands in the type of x, sums in float32 (Dao & Gu 2024, section 6; the reference is `ssd_forms`). Log-decays, here to the base
 2, add up along a chunk, and pairs of steps have differences of those sums; steps that let nothing pass are counted instead.
+
+Backward, the same from the last chunk to the first, with the adjoint of the state in registers, BN states at a time, and the
+state before each chunk as the forward pass kept it. What heads share leaves as one part from each program.
 """
 
 from typing import no_type_check
 
 import triton
 import triton.language as tl
+
+# ruff: noqa: RUF005 - Triton adds tuples, and cannot unpack them
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -29,11 +34,11 @@ def _log_decays(log_decay, at, valid, DECAYS: tl.constexpr):
 @no_type_check
 def forward(
     x, dt, log_decay, B, C, D, h0,
-    y, last,
+    y, last, kept,
     L: tl.constexpr, H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BP: tl.constexpr,
-    DECAYS: tl.constexpr, SKIP: tl.constexpr,
+    DECAYS: tl.constexpr, SKIP: tl.constexpr, KEPT: tl.constexpr,
 ):  # fmt: skip
-    """y = C h + D x and h_last."""
+    """y = C h + D x, h_last and, if KEPT, the state before each chunk, rounded to the type of x."""
     head, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     group = head // (H // G)
     channel = tl.program_id(0) * BP
@@ -43,6 +48,9 @@ def forward(
     of_state = p[:, None] * N + n[None, :]
     h = tl.load(h0 + state + of_state)
     for chunk in tl.range((L + Q - 1) // Q, disable_licm=True):
+        if KEPT:
+            before = ((b * ((L + Q - 1) // Q) + chunk) * H + head) * P + channel
+            tl.store(kept + before * N + of_state, h.to(kept.dtype.element_ty))
         first = b * L + chunk * Q
         start, group_start = (first * H + head) * P + channel, (first * G + group) * N
         valid = chunk * Q + q < L
@@ -66,3 +74,96 @@ def forward(
         h = h * tl.where(blocked == 0, tl.exp2(total), 0.0)
         h += tl.dot(tl.trans((x_t.to(tl.float32) * written[:, None]).to(x_t.dtype)), B_t)
     tl.store(last + state + of_state, h)
+
+
+@triton.jit
+@no_type_check
+def backward(
+    x, dt, log_decay, B, C, D, kept, dy, dlast,
+    dx, ddt_parts, dlog_decay_parts, dB_parts, dC_parts, dD_parts, dh0,
+    L: tl.constexpr, H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BP: tl.constexpr,
+    BN: tl.constexpr, DECAYS: tl.constexpr, SKIP: tl.constexpr,
+):  # fmt: skip
+    """`ssd_triton.Gradients`, chunk by chunk from the last, the adjoint of the state [BP, N] in registers.
+
+    With M_ij = exp(l_{j+1} + ... + l_i), i >= j, S = C B^T, W = M dt_j (dy x^T), a_i = exp(l_1 + ... + l_i), h the state before
+    the chunk, w_j = exp(l_{j+1} + ... + l_Q), and lambda the gradient of the state after it,
+
+        d(dt x) = (S M)^T dy + w (B lambda^T)       dC = W B + a (dy h)       dB = W^T C + w dt (x lambda)
+        dh = exp(l_1 + ... + l_Q) lambda + (a dy)^T C
+
+    and l_k has a part in M_ij where i >= k > j, in a_i where i >= k, in w_j where j < k, and in the decay of all of h.
+    """
+    head, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    group = head // (H // G)
+    block = tl.program_id(0)
+    p, n, q = tl.arange(0, BP), tl.arange(0, BN), tl.arange(0, Q)
+    in_chunk, states_of_chunk = q[:, None] * (H * P) + p[None, :], q[:, None] * (G * N) + n[None, :]
+    steps, parts_of_chunk = q * (H * (P // BP)), q[:, None] * (H * (P // BP) * N) + n[None, :]
+    state = ((b * H + head) * P + block * BP) * N
+    of_state = p[:, None] * N + n[None, :]
+    adjoint = ()
+    for k in tl.static_range(N // BN):
+        adjoint = adjoint + (tl.load(dlast + state + k * BN + of_state),)
+    dD = tl.zeros((BP,), tl.float32)
+    for i in tl.range((L + Q - 1) // Q, disable_licm=True):
+        chunk = (L + Q - 1) // Q - 1 - i
+        first = b * L + chunk * Q
+        start, group_start = (first * H + head) * P + block * BP, (first * G + group) * N
+        part = (first * H + head) * (P // BP) + block
+        valid = chunk * Q + q < L
+        x_t = tl.load(x + start + in_chunk, mask=valid[:, None], other=0.0)
+        dy_t = tl.load(dy + start + in_chunk, mask=valid[:, None], other=0.0)
+        dt_t = tl.load(dt + first * H + head + q * H, mask=valid, other=0.0)
+        sums, blocks = _log_decays(log_decay + first * H + head, q * H, valid, DECAYS)
+        total, blocked = tl.sum(tl.where(q == Q - 1, sums, 0.0)), tl.sum(tl.where(q == Q - 1, blocks, 0))
+        entering = tl.where(blocks == 0, tl.exp2(sums), 0.0)
+        leaving = tl.where(blocks == blocked, tl.exp2(total - sums), 0.0)
+        through = tl.where(blocked == 0, tl.exp2(total), 0.0)
+
+        weights, written = tl.zeros((Q, Q), tl.float32), tl.zeros((Q, BP), tl.float32)
+        for k in tl.static_range(N // BN):
+            B_t = tl.load(B + group_start + k * BN + states_of_chunk, mask=valid[:, None], other=0.0)
+            C_t = tl.load(C + group_start + k * BN + states_of_chunk, mask=valid[:, None], other=0.0)
+            weights = tl.dot(C_t, tl.trans(B_t), acc=weights)
+            written = tl.dot(B_t, tl.trans(adjoint[k].to(x_t.dtype)), acc=written)
+        passes = (q[:, None] >= q[None, :]) & (blocks[:, None] == blocks[None, :])
+        decays = tl.exp2(tl.where(passes, sums[:, None] - sums[None, :], float("-inf")))
+        weights = weights * decays
+        pairs = tl.dot(dy_t, tl.trans(x_t)) * dt_t[None, :]
+        later = tl.sum(pairs * weights, axis=1) - tl.sum(pairs * weights, axis=0)
+        pairs = (pairs * decays).to(x_t.dtype)
+        full, dy_full = x_t.to(tl.float32), dy_t.to(tl.float32)
+        written = written * leaving[:, None]
+        earlier = tl.sum(written * full, axis=1) * dt_t
+        written = tl.dot(tl.trans(weights.to(x_t.dtype)), dy_t, acc=written)
+        tl.store(ddt_parts + part + steps, tl.sum(full * written, axis=1), mask=valid)
+        dx_t = written * dt_t[:, None]
+        if SKIP:
+            dx_t += tl.load(D + head) * dy_full
+            dD += tl.sum(dy_full * full, axis=0)
+        tl.store(dx + start + in_chunk, dx_t.to(dx.dtype.element_ty), mask=valid[:, None])
+
+        x_out, dy_in = (full * (leaving * dt_t)[:, None]).to(x_t.dtype), (dy_full * entering[:, None]).to(x_t.dtype)
+        before = (((b * ((L + Q - 1) // Q) + chunk) * H + head) * P + block * BP) * N
+        everywhere, after = 0.0, ()
+        for k in tl.static_range(N // BN):
+            B_t = tl.load(B + group_start + k * BN + states_of_chunk, mask=valid[:, None], other=0.0)
+            C_t = tl.load(C + group_start + k * BN + states_of_chunk, mask=valid[:, None], other=0.0)
+            h = tl.load(kept + before + k * BN + of_state)
+            dB = tl.dot(tl.trans(pairs), C_t, acc=tl.dot(x_out, adjoint[k].to(x_t.dtype)))
+            tl.store(dB_parts + part * N + k * BN + parts_of_chunk, dB.to(dB_parts.dtype.element_ty), mask=valid[:, None])
+            dC = tl.dot(dy_in, h)
+            later += tl.sum(dC * C_t.to(tl.float32), axis=1)
+            dC = tl.dot(pairs, B_t, acc=dC)
+            tl.store(dC_parts + part * N + k * BN + parts_of_chunk, dC.to(dC_parts.dtype.element_ty), mask=valid[:, None])
+            everywhere += tl.sum(tl.sum(adjoint[k] * h.to(tl.float32), axis=1), axis=0)
+            after = after + (tl.dot(tl.trans(dy_in), C_t, acc=adjoint[k] * through),)
+        adjoint = after
+        if DECAYS:
+            dl = tl.cumsum(later, reverse=True) + tl.cumsum(earlier) - earlier + through * everywhere
+            tl.store(dlog_decay_parts + part + steps, dl, mask=valid)
+    for k in tl.static_range(N // BN):
+        tl.store(dh0 + state + k * BN + of_state, adjoint[k])
+    if SKIP:
+        tl.store(dD_parts + (b * H + head) * (P // BP) + block, tl.sum(dD, axis=0))

@@ -27,8 +27,8 @@ SELECTIVE = [
     (5, 2, False, False, False, "float16"),
     (5, 1, False, False, False, "bfloat16"),
 ]
-# L, groups, packed, bare
-SSD = [(70, 2, True, False), (64, 1, False, True), (1, 1, False, False)]
+# L, groups, packed, bare; head size and states, which two programs and two tiles of a program share
+SSD = [(70, 2, True, False), (64, 1, False, True), (1, 1, False, False), (33, 1, False, False, 128, 128)]
 
 
 class Tensor:
@@ -130,20 +130,42 @@ def relative(pairs) -> dict[str, float]:
     return {name: float(jnp.max(jnp.abs(a - b)) / jnp.max(jnp.abs(b))) for name, (a, b) in pairs.items()}
 
 
-def ssd_errors(L: int, G: int, packed: bool, bare: bool, B=2, R=2, P=16, N=16) -> dict[str, float]:
-    """The same of the matrix form's forward pass; its products are float32 here."""
+def ssd_errors(L: int, G: int, packed: bool, bare: bool, P=16, N=16, B=2, R=2) -> dict[str, float]:
+    """The same of the matrix form, inference first; its products are float32 here."""
     rng = np.random.default_rng(0)
 
     def normal(*shape):
         return jnp.asarray(rng.normal(size=shape), jnp.float32)
 
     dt, log_decay = jnp.abs(normal(B, L, G, R)), -jnp.abs(normal(B, L, G, R))
-    log_decay = jnp.where(jnp.asarray(rng.random((B, L, 1, 1)) < 0.1), ssd_forms.NOTHING, log_decay) if packed else log_decay
+    blocked = jnp.asarray(rng.random((B, L, 1, 1)) < 0.1) & packed
     x, D, h0 = normal(B, L, G, R, P), normal(G, R), normal(B, G, R, P, N)
-    operands = (x, dt, None if bare else log_decay, normal(B, L, G, N), normal(B, L, G, N), None if bare else D, h0)
-    y, last = ssd_forms.on_steps(ssd_forms.recurrence)(*operands)
-    found = launch(ssd_triton_kernels.forward, (1, G * R, B), ssd_triton.arguments(*operands))
-    return relative({"y": (found[0], y), "h_last": (found[1], last)})
+    operands = [x, dt, None if bare else log_decay, normal(B, L, G, N), normal(B, L, G, N), None if bare else D, h0]
+    cotangents = normal(*x.shape), normal(*h0.shape)
+
+    def through(run):
+        def masked(x, dt, log_decay, *rest):
+            log_decay = None if log_decay is None else jnp.where(blocked, ssd_forms.NOTHING, log_decay)
+            return run(x, dt, log_decay, *rest)
+
+        results, pullback = jax.vjp(masked, *operands)
+        return *results, *(gradient for gradient in pullback(cotangents) if gradient is not None)
+
+    names = ["y", "h_last", *(name for name, x in zip(("x", "dt", "l", "B", "C", "D", "h0"), operands) if x is not None)]
+    expected = through(ssd_forms.on_steps(ssd_forms.recurrence))
+    inference = ssd_triton.scan(*operands[:2], None if bare else jnp.where(blocked, ssd_forms.NOTHING, log_decay), *operands[3:])
+    pairs = dict(zip(names, zip(through(ssd_triton.scan), expected)))
+    return relative(pairs | {"inference": (inference[0], expected[0])})
+
+
+def ssd_launch(name: str, operands, **options) -> list[np.ndarray]:
+    """`ssd_triton._launch`, interpreted."""
+    arrays, outputs, constants, _ = ssd_triton.ARGUMENTS[name](*operands, **options)
+    kernel = getattr(ssd_triton_kernels, name)
+    return [jnp.asarray(x) for x in launch(kernel, ssd_triton.grid_of(constants, len(arrays[0])), (arrays, outputs, constants))]
+
+
+ssd_triton._launch = ssd_launch
 
 
 def main() -> None:
