@@ -179,7 +179,7 @@ def measure(args: argparse.Namespace, bandwidth: float, case: Case) -> list[dict
     able = [name for name, reason in reasons.items() if reason is None]
     with cards.compiling(), futures.ThreadPoolExecutor(max(1, len(able))) as pool:
         pending = {name: pool.submit(compiled, op, name, arrays, cotangent) for name in able}
-    found = Found(bandwidth, _io(arrays, cotangent), reasons)
+    found = Found(bandwidth, _io(arrays, cotangent), reasons, args.jobs)
     with cards.alone():
         for name, future in pending.items():
             try:
@@ -193,15 +193,15 @@ def measure(args: argparse.Namespace, bandwidth: float, case: Case) -> list[dict
 class Found:
     """What one case's contestants turn out to do."""
 
-    def __init__(self, bandwidth: float, io: dict[str, int], reasons: dict[str, str | None]):
-        self.bandwidth, self.io, self.reasons = bandwidth, io, reasons
+    def __init__(self, bandwidth: float, io: dict[str, int], reasons: dict[str, str | None], jobs: int):
+        self.bandwidth, self.io, self.reasons, self.jobs = bandwidth, io, reasons, jobs
         self.runs: dict[str, dict[str, Callable[[], Any]]] = {"forward": {}, "backward": {}}
         self.seconds: dict[tuple[str, str], float] = {}
         self.megabytes: dict[str, float] = {}
 
     def start(self, name: str, programs: Programs, arrays, cotangent) -> None:
         """Run each of a contestant's programs once."""
-        _check_memory(programs.megabytes())
+        _check_memory(programs.megabytes(), self.jobs)
         _, pullback = jax.block_until_ready(programs.training(arrays))
         passes = {
             "forward": functools.partial(programs.forward, arrays),
@@ -239,8 +239,9 @@ def _first(run: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def _check_memory(megabytes: float) -> None:
-    limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", 32e9) / 1e6
+def _check_memory(megabytes: float, jobs: int) -> None:
+    """Processes that share a device keep what they have allocated, so that each may have its share alone."""
+    limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", 32e9) / 1e6 / jobs
     if megabytes > 0.7 * limit:
         raise MemoryError(f"it needs {megabytes / 1e3:.1f} GB, of {limit / 1e3:.1f}")
 

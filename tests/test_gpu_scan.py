@@ -37,7 +37,7 @@ def test_the_benchmark_writes_after_each_case_and_resumes(tmp_path, monkeypatch,
 
 def test_states_kept_are_counted_for_the_backward_pass_alone(monkeypatch):
     case = gpu_scan.CASES[0]
-    found = gpu_scan.Found(1.0, {"forward": 10**9, "backward": 10**9}, {})
+    found = gpu_scan.Found(1.0, {"forward": 10**9, "backward": 10**9}, {}, 1)
     programs = gpu_scan.Programs(*[lambda *_: (jnp.zeros(()), None)] * 3)
     monkeypatch.setattr(gpu_scan, "_first", lambda run: 2.0)
     monkeypatch.setattr(gpu_scan.Programs, "megabytes", lambda programs: 1.0)
