@@ -34,6 +34,7 @@ from efficient_attn.tasks.base import Example, Source, TaskError
 Generate = Callable[[str, int], Iterable[dict]]
 REPORT_SECONDS = 5.0
 _METADATA = "dataset_info.json"
+_FEATURES = "features.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,26 +113,59 @@ def num_cores() -> int:
 
 
 def is_prepared(directory: pathlib.Path) -> bool:
-    """Whether the metadata, which are written last, and every shard that they name exist."""
+    """Whether the metadata, which are written last, and every shard that they name exist.
+
+    Raises `TaskError` where the metadata cannot be read.
+    """
     if not (directory / _METADATA).exists():
         return False
-    splits = tfds.builder_from_directory(directory).info.splits.values()
-    return all(pathlib.Path(path).exists() for split in splits for path in split.filepaths)
+    with _reading_metadata(directory):
+        splits = tfds.builder_from_directory(directory).info.splits.values()
+        return all(pathlib.Path(path).exists() for split in splits for path in split.filepaths)
 
 
 def open_split(directory: pathlib.Path, split: str) -> Source:
     """Opens one split for random access: `source[i]` is a dict of NumPy arrays, scalars as 0-d arrays.
 
-    The source can be read by several threads at once and pickled. Raises `TaskError` if the data set is not prepared or
-    has no such split.
+    The source can be read by several threads at once and pickled. Raises `TaskError` if the data set is not prepared, has no
+    such split, or is not what its metadata say.
     """
     if not is_prepared(directory):
         raise TaskError(f"No prepared data set in {directory}: call the task's prepare() first (train.py does).")
-    builder = tfds.builder_from_directory(directory)
-    if split not in builder.info.splits:
-        raise TaskError(f"{directory} has no split {split!r}; it has {sorted(builder.info.splits)}.")
-    dtypes = {k: np.dtype(f.np_dtype) for k, f in builder.info.features.items()}
-    return _Records(builder.as_data_source(split), dtypes, f"{directory}, split {split}")
+    with _reading_metadata(directory):
+        builder = tfds.builder_from_directory(directory)
+        if split not in builder.info.splits:
+            raise TaskError(f"{directory} has no split {split!r}; it has {sorted(builder.info.splits)}.")
+        _check_lengths(builder.info.splits[split])
+        dtypes = {k: np.dtype(f.np_dtype) for k, f in builder.info.features.items()}
+        return _Records(builder.as_data_source(split), dtypes, f"{directory}, split {split}")
+
+
+@contextlib.contextmanager
+def _reading_metadata(directory: pathlib.Path) -> Iterator[None]:
+    try:
+        yield
+    except TaskError:
+        raise
+    except Exception as error:  # JSON, protobuf and TFDS each raise their own
+        raise _damaged(f"{directory / _METADATA} or the {_FEATURES} beside it", error) from error
+
+
+def _check_lengths(split: tfds.core.SplitInfo) -> None:
+    """Which example is the i-th depends on how many each shard is said to hold, and of that there is no checksum."""
+    for path, length in zip(split.filepaths, split.shard_lengths, strict=True):
+        try:
+            found = _num_records(pathlib.Path(path))
+        except Exception as error:
+            raise _damaged(f"records of {path}", error) from error
+        if found != length:
+            raise _damaged(f"records of {path}", f"there are {found}, and {length} by {_METADATA}")
+
+
+def _damaged(what: str, error: Exception | str) -> TaskError:
+    reason = " ".join(str(error).split()).rstrip(".")[:300] or type(error).__name__
+    advice = "Its files are damaged: remove them, and the same command makes or asks for them again."
+    return TaskError(f"cannot read {what}: {reason}. {advice}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,13 +185,9 @@ class _Records:
     def __getitem__(self, index: int) -> Example:
         try:
             example = self.base[index]
+            return {key: np.asarray(example[key], dtype) for key, dtype in self.dtypes.items()}
         except Exception as error:  # array_record, protobuf and TFDS each raise their own
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise TaskError(
-                f"cannot read record {index} of {self.where}: {reason}. Its files are damaged: remove them, and the same command "
-                "makes or asks for them again."
-            ) from error
-        return {key: np.asarray(example[key], dtype) for key, dtype in self.dtypes.items()}
+            raise _damaged(f"record {index} of {self.where}", error) from error
 
 
 def _say(line: str) -> None:

@@ -10,6 +10,8 @@ import numpy as np
 from tests.faults import runs
 from tests.faults.place import Place, Row
 
+METADATA = ("dataset_info.json", "features.json")
+
 Damage = Callable[[Place, bytes, int], bytes]
 """What becomes of a file's bytes; the number is the byte that the documented damage hits."""
 
@@ -80,12 +82,12 @@ def aside(place: Place) -> list[str]:
 
 
 def records(place: Place, damage: Damage) -> Row:
-    """Every file of the training records, or a single one of any split: the run ends with a line, or reads nothing of it."""
+    """Every file of the training records, or one of any: the run ends with a line, or reads nothing of what is damaged."""
     here = place.moved(data=place.folder / "data")
     shutil.copytree(place.data, here.data)
-    files = sorted(runs.shards(here.data))
-    number = place.draw("file", "each of train", ["each of train", *range(len(files))])
-    files = [file for file in files if "-train." in file.name] if number == "each of train" else [files[number]]
+    names = sorted(path.name for path in runs.shards(here.data))
+    name = place.draw("file", "each of train", ["each of train", *METADATA, *METADATA, *names])
+    files = list(here.data.glob("*/*-train.*" if name == "each of train" else f"*/{name}"))
     for file in files:
         data = file.read_bytes()
         examples = len(data[: len(data) // 2].rstrip(b"\0"))  # what follows them in the first half is padding
@@ -95,9 +97,9 @@ def records(place: Place, damage: Damage) -> Row:
     if status == 0:
         here.compare(here.workdir, here.reference)
         return Row(says, status, "data as it was", "nothing of it was read, bit-identical")
-    assert status == 2 and says.startswith("error: cannot read record") and "Its files are damaged" in says, (status, program.err)
+    assert status == 2 and says.startswith("error: cannot read ") and "Its files are damaged" in says, (status, program.err)
     assert not runs.partial_files(here.workdir)
-    for file in files:
+    for file in files if name not in METADATA else [file.with_name(other) for other in METADATA]:
         file.unlink()
     return Row(says, status, "data as it was", "remove them: the same command makes them again; " + here.continued())
 

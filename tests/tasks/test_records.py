@@ -5,6 +5,7 @@ import functools
 import os
 import pathlib
 import pickle
+import re
 import resource
 import shutil
 import signal
@@ -288,8 +289,38 @@ def test_a_damaged_record_is_one_clear_error(prepared, tmp_path):
     copy = tmp_path / prepared.name
     shutil.copytree(prepared, copy)
     for path in copy.glob("*.array_record-*"):
-        data = path.read_bytes()
-        path.write_bytes(data[: len(data) // 2])
+        data = bytearray(path.read_bytes())
+        data[len(data[: len(data) // 2].rstrip(b"\0")) // 2] ^= 1  # within the examples
+        path.write_bytes(data)
     source = records.open_split(copy, "train")
-    with pytest.raises(TaskError, match=r"cannot read record 0 of .*, split train: .*Its files are damaged: remove them"):
-        source[0]
+    with pytest.raises(TaskError, match=r"cannot read record \d+ of .*, split train: .*Its files are damaged: remove them"):
+        list(source)
+
+
+METADATA = r".*/dataset_info.json or the features.json beside it: "
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        (
+            "dataset_info.json",
+            lambda text: re.sub(r'(Lengths": \[\s*")\d+', r"\g<1>2", text),
+            r"records of .* and 2 by dataset_info",
+        ),
+        ("dataset_info.json", lambda text: text[:100], METADATA),
+        ("features.json", lambda text: text.replace("{", "(", 1), METADATA),
+        ("toy-n1-train.array_record-00000-of-00003", lambda text: text[:100], r"records of .*-00000-of-00003: "),
+    ],
+    ids=["lengths", "data set", "features", "records"],
+)
+def test_what_is_not_as_the_metadata_say_is_refused_in_a_line(prepared, tmp_path, name, damage, message):
+    """A shard that is said to be shorter would silently change which example is the i-th."""
+    copy = tmp_path / prepared.name
+    shutil.copytree(prepared, copy)
+    text = (copy / name).read_text(encoding="latin-1")
+    assert damage(text) != text
+    (copy / name).write_text(damage(text), encoding="latin-1")
+    with pytest.raises(TaskError, match=f"^cannot read {message}") as error:
+        records.open_split(copy, "train")
+    assert "\n" not in str(error.value) and "Its files are damaged: remove them" in str(error.value)
