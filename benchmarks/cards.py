@@ -123,6 +123,18 @@ def commit(section: str, found: dict[str, Any], **facts: Any) -> pathlib.Path:
     return _add(devices.numerics_file(devices.here()), section, found, **facts)
 
 
+def record(kind: str, section: str, found: dict[str, Any]) -> pathlib.Path:
+    """As `commit`, of what was found out on another device, in a run that is over."""
+    path = devices.numerics_file(kind)
+    whole = json.loads(path.read_text()) if path.exists() else {"device": kind}
+    whole[section] = whole.get(section, {}) | found
+    aside = path.with_name(f".{path.name}.tmp")
+    aside.parent.mkdir(parents=True, exist_ok=True)
+    aside.write_text(json.dumps(whole, indent=1) + "\n")
+    aside.replace(path)
+    return path
+
+
 def commit_blocks(section: str, found: dict[str, Any], **facts: Any) -> pathlib.Path:
     """The same of kernels/blocks/<device>.json."""
     return _add(devices.blocks_file(devices.here()), section, found, **facts)

@@ -2,6 +2,7 @@
 
     python -m benchmarks.decode_numerics                                      the tables of `kernels.attention.numerics`
     python -m benchmarks.decode_numerics --commit --jobs=8                    and write kernels/numerics/<device>.json
+    python -m benchmarks.decode_numerics --record FILE                        the same, of what a run that was cut off has whole
     python -m benchmarks.decode_numerics --quick                              two small calls, interpreted on a CPU
 
 As `benchmarks.attention_numerics`, of outputs alone: the kernel has no backward pass of its own.
@@ -9,6 +10,9 @@ As `benchmarks.attention_numerics`, of outputs alone: the kernel has no backward
 
 import argparse
 import itertools
+import json
+import os
+import pathlib
 import sys
 import traceback
 from typing import NamedTuple
@@ -19,6 +23,9 @@ from benchmarks import cards, harness
 from kernels import devices
 from kernels.attention import api, numerics, paged
 from kernels.attention.numerics import Case
+
+KEY = "op", "block_size", "case"
+"""What tells calls apart."""
 
 
 class Check(NamedTuple):
@@ -63,29 +70,49 @@ def measured(check: Check) -> tuple[dict, str]:
     return check.key | found, verdict
 
 
+def verdicts(rows: list[dict]) -> dict[str, dict]:
+    """Of each op whose whole table is in `rows`, whether all of it passed."""
+    found = {}
+    for op in NAMES:
+        passed = {json.dumps({name: row[name] for name in KEY}): row["passed"] for row in rows}
+        asked = [json.dumps(check.key) for check in checks() if check.op == op]
+        if all(key in passed for key in asked):
+            found[op] = {"passed": all(passed[key] for key in asked), "cases": len(asked)}
+    return found
+
+
+def record(file: str | os.PathLike) -> None:
+    """Write into kernels/numerics what a file of figures tells, with what it was measured on beside it."""
+    measured = json.loads(pathlib.Path(file).read_text())
+    facts = {name: measured["environment"][name] for name in ("commit", "date", "jax")} | {"assembler": measured["assembler"]}
+    for op, verdict in verdicts(measured["rows"]).items():
+        print(op, verdict, cards.record(measured["device"], op, {NAMES[op]: verdict | {"measured": facts}}))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="two small calls")
     parser.add_argument("--commit", action="store_true", help="write kernels/numerics/<device>.json; on a GPU only")
+    parser.add_argument("--record", metavar="FILE", help="measure nothing; write it from these figures")
     parser.add_argument("--jobs", type=int, default=1, help="processes, which compile at the same time")
     parser.add_argument("--out", help="figures of each call; by default results/<device>/decode_numerics.json")
     args = parser.parse_args()
+    if args.record:
+        return record(args.record)
     if args.commit and (args.quick or jax.default_backend() != "gpu"):
         parser.error(f"--commit needs the whole table on a GPU; here is {devices.here()}")
     out = args.out or f"results/{devices.slug(devices.here())}/decode_numerics.json"
     facts = {"device": devices.here(), "assembler": cards.assembler()}
     wanted, rows = QUICK if args.quick else checks(), cards.resumed(out)
-    done = [{name: row[name] for name in ("op", "block_size", "case")} for row in rows]
+    done = [{name: row[name] for name in KEY} for row in rows]
     for row, verdict in cards.spread(measured, [check for check in wanted if check.key not in done], args.jobs):
         rows.append(row)
         harness.write(out, rows, **facts)
         print(f"{row['op']} block_size={row['block_size']} {row['case']}: {verdict}", flush=True)
-    for op, name in NAMES.items():
-        of_op = [row["passed"] for row in rows if row["op"] == op]
-        verdict = {"passed": all(of_op), "cases": len(of_op)}
+    for op, verdict in verdicts(rows).items():
         print(op, verdict)
         if args.commit:
-            print(f"wrote {cards.commit(op, {name: verdict}, **facts)}")
+            print(f"wrote {cards.commit(op, {NAMES[op]: verdict}, **facts)}")
     sys.exit(0 if all(row["passed"] for row in rows) else 1)
 
 

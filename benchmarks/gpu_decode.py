@@ -4,6 +4,7 @@
     python -m benchmarks.gpu_decode --jobs 4                    compiled by so many processes, in one
     python -m benchmarks.gpu_decode --only "D=128"              cases whose name has these words
     python -m benchmarks.gpu_decode --blocks 64,4,2 128,2,2     also so cut, in place of `CANDIDATES`
+    python -m benchmarks.gpu_decode --table FILE                measures nothing; the table of such a file beside it
     python -m benchmarks.gpu_decode --quick                     a small form on any device
 
 Reading keys and values is all the work, so a contestant's figure is their bytes by its time, beside what two reductions over the
@@ -16,6 +17,7 @@ Numerics first: `python -m benchmarks.decode_numerics`.
 import argparse
 import dataclasses
 import functools
+import json
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -182,10 +184,13 @@ def main() -> None:
     parser.add_argument("--blocks", nargs="+", type=_blocks, help="keys, stages, consumers: 64,4,2")
     parser.add_argument("--tokens", type=int, default=TOKENS)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--table", metavar="FILE", help="measure nothing; make the table of this file")
     parser.add_argument("--jobs", type=int, default=1, help="processes, which compile at the same time and time one by one")
     parser.add_argument("--quick", action="store_true", help="8192 tokens at most")
     parser.add_argument("--out", help="by default results/<device>/decode.json")
     args = parser.parse_args()
+    if args.table:
+        return tabulate(args.table)
     if args.quick:
         args.tokens, args.repeats = min(args.tokens, 2**13), 1
     out = args.out or f"results/{devices.slug(devices.here())}/decode.json"
@@ -198,12 +203,23 @@ def main() -> None:
         harness.write(out, rows, **facts)
         print(_line(row), flush=True)
     if rows:
-        pathlib.Path(out).with_suffix(".md").write_text(table(rows, facts))
+        tabulate(out)
 
 
-def table(rows: list[dict[str, Any]], facts: dict[str, Any]) -> str:
-    """GB/s of each contestant, and its share of the better reduction."""
-    names = [name for name in dict.fromkeys(name for row in rows for name in row["contestants"]) if name != "read rows"]
+def tabulate(file: str) -> None:
+    """A table beside a file of figures: GB/s of each contestant, and its share of the better reduction."""
+    found = json.loads(pathlib.Path(file).read_text())
+    title = f"{found['environment']['device']}: GB/s of keys and values (share of the bandwidth that a reduction reads)"
+    text = f"{title}. Made by `{found['command']}`.\n\n{table(found['rows'])}\n"
+    pathlib.Path(file).with_suffix(".md").write_text(text)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The cases in the order of `cases`."""
+    order = {str(case): i for i, case in enumerate(cases(TOKENS))}
+    rows = sorted(rows, key=lambda row: order.get(row["case"], -1))
+    names = dict.fromkeys(name for row in rows for name in row["contestants"] if name != "read rows")
+    names = sorted(names, key=lambda name: (name not in BANDWIDTH, not name.startswith("mosaic")))
 
     def cell(row: dict[str, Any], name: str) -> str:
         found = row["contestants"]
@@ -213,9 +229,7 @@ def table(rows: list[dict[str, Any]], facts: dict[str, Any]) -> str:
         return f"{found[best]['GB/s']:.0f} ({found[best]['of read']:.2f})"
 
     lines = [{"case": row["case"]} | {name: cell(row, name) for name in names} for row in rows]
-    return (
-        f"{facts['clocks'].split(',')[0]}: GB/s of keys and values (share of the bandwidth read).\n\n{harness.markdown(lines)}\n"
-    )
+    return harness.markdown(lines)
 
 
 def _blocks(text: str) -> decode.Blocks:

@@ -27,6 +27,7 @@ def test_the_benchmark_writes_after_each_case_and_resumes(tmp_path, monkeypatch,
     monkeypatch.setattr(gpu_decode, "measure", measured_again)
     gpu_decode.main()
     assert json.loads(out.read_text())["rows"] == rows
+    assert "| D=64 B=64 G=8 S=128 in a row | " in out.with_suffix(".md").read_text()
 
 
 def test_only_keys_within_the_lengths_are_counted():

@@ -5,13 +5,15 @@ On a GPU of compute capability 9.0, `JAX_PLATFORMS=cuda python -m benchmarks.dec
 
 import dataclasses
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels import compat
+from benchmarks import decode_numerics
+from kernels import compat, devices
 from kernels.attention import biases, chunked, explain, masks, numerics, paged, reference
 from kernels.attention.mosaic import decode
 from kernels.attention.numerics import Case
@@ -122,3 +124,17 @@ def test_gradients_are_those_of_the_tiled_form(monkeypatch, quick_compile):
     gradients = [jax.jit(jax.grad(functools.partial(loss, run), (0, 1, 2))) for run in runs]
     for ours, expected in zip(*(gradient(call.q, call.k, call.v) for gradient in gradients)):
         np.testing.assert_allclose(ours, expected, atol=1e-4)
+
+
+def test_a_verdict_is_recorded_of_ops_whose_whole_table_is_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(devices, "FOLDER", tmp_path)
+    rows = [check.key | {"passed": True} for check in decode_numerics.checks()][:-1]
+    facts = {"environment": {"commit": "a", "date": "today", "jax": "1"}, "device": "NVIDIA Test 1", "assembler": "13"}
+    file = tmp_path / "figures.json"
+    file.write_text(json.dumps(facts | {"rows": rows}))
+    decode_numerics.record(file)
+    found = json.loads((tmp_path / "numerics" / "nvidia-test-1.json").read_text())
+    assert found["attend"]["decode"]["passed"] and found["attend"]["decode"]["measured"]["commit"] == "a"
+    assert "paged.attend" not in found, "one of its calls was not run"
+    rows[0]["passed"] = False
+    assert not decode_numerics.verdicts(rows)["attend"]["passed"]
