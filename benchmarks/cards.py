@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import json
 import multiprocessing
+import os
 import pathlib
 import re
 import shutil
@@ -18,6 +19,8 @@ import jax
 
 from benchmarks import harness
 from kernels import devices
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several processes share the device
 
 
 def assembler() -> str:

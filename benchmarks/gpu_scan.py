@@ -46,6 +46,7 @@ SLOW = 0.1
 HEAD = 64
 """Channels of a head of SSD."""
 PEERS = {"reference": "lax.scan", "associative": "lax.associative_scan"}
+PASSES = ("forward", "backward")
 LONGEST = {"reference": 2**12, "associative": 2**11}
 """The longest sequences of these: one launches kernels at each step, the other holds all states several times."""
 
@@ -170,52 +171,62 @@ def compiled(op: Op, name: str, arrays, cotangent) -> Programs:
 
 
 def measure(args: argparse.Namespace, bandwidth: float, case: Case) -> list[dict[str, Any]]:
-    """The rows of one case, one for each pass; none where nothing could be run."""
+    """The rows of one case, one for each pass; none where nothing could be run. Arrays exist once it is this case's turn."""
     op = OPS[case.op]
-    arrays = op.arguments(case)
-    y = jax.eval_shape(lambda arrays: op.run(**arrays, implementation="reference")[0], arrays)
-    cotangent = jax.random.normal(jax.random.key(1), y.shape, y.dtype)
+    make = jax.jit(functools.partial(_arrays, case))
+    arrays, cotangent = jax.eval_shape(make)
     reasons = {name: _why_not(args, op, name, case, arrays) for name in op.implementations}
     able = [name for name, reason in reasons.items() if reason is None]
     with cards.compiling(), futures.ThreadPoolExecutor(max(1, len(able))) as pool:
         pending = {name: pool.submit(compiled, op, name, arrays, cotangent) for name in able}
-    found = Found(bandwidth, _io(arrays, cotangent), reasons, args.jobs)
     with cards.alone():
+        arrays, cotangent = make()
+        found = Found(bandwidth, _io(arrays, cotangent), reasons, args.jobs)
         for name, future in pending.items():
             try:
                 found.start(name, future.result(), arrays, cotangent)
                 del reasons[name]
             except Exception as error:  # whatever a compiler or a device raises: the others are still measured
                 reasons[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-        return [found.row(case, which, args.repeats) for which in found.runs if found.runs[which]]
+        return [found.row(case, which, args.repeats) for which in PASSES if any(which in key for key in found.seconds)]
+
+
+def _arrays(case: Case) -> tuple[dict[str, jax.Array], jax.Array]:
+    """The arguments, and a cotangent."""
+    arrays = OPS[case.op].arguments(case)
+    y = jax.eval_shape(lambda arrays: OPS[case.op].run(**arrays, implementation="reference")[0], arrays)
+    return arrays, jax.random.normal(jax.random.key(1), y.shape, y.dtype)
 
 
 class Found:
-    """What one case's contestants turn out to do."""
+    """What one case's contestants turn out to do. Those that are slow are timed by their first run and hold no memory."""
 
     def __init__(self, bandwidth: float, io: dict[str, int], reasons: dict[str, str | None], jobs: int):
         self.bandwidth, self.io, self.reasons, self.jobs = bandwidth, io, reasons, jobs
-        self.runs: dict[str, dict[str, Callable[[], Any]]] = {"forward": {}, "backward": {}}
+        self.runs: dict[str, dict[str, Callable[[], Any]]] = {which: {} for which in PASSES}
         self.seconds: dict[tuple[str, str], float] = {}
         self.megabytes: dict[str, float] = {}
 
     def start(self, name: str, programs: Programs, arrays, cotangent) -> None:
         """Run each of a contestant's programs once."""
         _check_memory(programs.megabytes(), self.jobs)
+        forward = functools.partial(programs.forward, arrays)
+        seconds = {(name, "forward"): _first(forward)}
         _, pullback = jax.block_until_ready(programs.training(arrays))
-        passes = {
-            "forward": functools.partial(programs.forward, arrays),
-            "backward": functools.partial(programs.backward, pullback, cotangent),
-        }
-        self.seconds |= {(name, which): _first(run) for which, run in passes.items()}
+        passes = {"forward": forward, "backward": functools.partial(programs.backward, pullback, cotangent)}
+        seconds[name, "backward"] = _first(passes["backward"])
+        self.seconds |= seconds
         self.megabytes[name] = programs.megabytes()
         for which, run in passes.items():
-            self.runs[which][name] = run
+            if seconds[name, which] <= SLOW:
+                self.runs[which][name] = run
 
     def row(self, case: Case, which: str, repeats: int) -> dict[str, Any]:
         """One pass of all of them, in turns but for the slow ones."""
-        times = {name: [1e3 * self.seconds[name, which]] for name in self.runs[which] if self.seconds[name, which] > SLOW}
-        times |= cards.turns({name: run for name, run in self.runs[which].items() if name not in times}, repeats)
+        times = {
+            name: [1e3 * taken] for (name, of), taken in self.seconds.items() if of == which and name not in self.runs[which]
+        }
+        times |= cards.turns(self.runs[which], repeats)
         ms = {name: cards.median(repeated) for name, repeated in times.items()}
         found = {}
         for name, taken in ms.items():
@@ -240,9 +251,9 @@ def _first(run: Callable[[], Any]) -> float:
 
 
 def _check_memory(megabytes: float, jobs: int) -> None:
-    """Processes that share a device keep what they have allocated, so that each may have its share alone."""
-    limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", 32e9) / 1e6 / jobs
-    if megabytes > 0.7 * limit:
+    """Where several processes take turns, the one before may not have given its memory back yet: half of all is there."""
+    limit = 0.9 * (jax.devices()[0].memory_stats() or {}).get("bytes_limit", 32e9) / min(jobs, 2) / 1e6
+    if megabytes > limit:
         raise MemoryError(f"it needs {megabytes / 1e3:.1f} GB, of {limit / 1e3:.1f}")
 
 
@@ -310,7 +321,7 @@ def main() -> None:
     args, start = parse(), time.perf_counter()
     out = args.out or f"results/{devices.slug(devices.here())}/scan.json"
     facts = {"clocks": cards.clocks(), "assembler": cards.assembler()}
-    facts["bandwidth"] = copy_bandwidth(0.1 if jax.default_backend() == "cpu" else 2)
+    facts["bandwidth"] = copy_bandwidth(0.1 if jax.default_backend() == "cpu" else 1)
     rows = cards.resumed(out)
     done = [Case(*(row[field] for field in Case._fields)) for row in rows]
     cases = [case for case in (QUICK if args.quick else CASES) if case.op in args.ops and case not in done]

@@ -39,8 +39,8 @@ attention() { # the shapes that the targets are about, against cuDNN and PyTorch
 }
 
 decode() { run 120 benchmarks.gpu_decode --jobs=4; }
-scans() { run 150 benchmarks.gpu_scan --jobs=2 --budget=110 --commit; }  # more processes leave each too little memory
-training() { run 240 benchmarks.gpu_train --jobs=2 --budget=150; }
+scans() { run 150 benchmarks.gpu_scan --jobs=4 --budget=110 --commit; }
+training() { run 240 benchmarks.gpu_train --jobs=4 --budget=150; }
 
 everything() { # other lengths and contestants too
   run 300 benchmarks.gpu_attention --jobs=4 --out "results/$device/attention_all.json"
