@@ -55,6 +55,16 @@ def checks() -> list[Check]:
     return rows + [Check(case, size) for case, size in zip(numerics.decode_table(), itertools.cycle((16, 64, 8, 32)))]
 
 
+def together(checks: list[Check]) -> list[list[Check]]:
+    """Calls in a row and in blocks that are the same to a dense form, which is then computed once."""
+    cases = dict.fromkeys(check.case for check in checks)
+    return [[check for check in checks if check.case == case] for case in cases]
+
+
+def all_measured(checks: list[Check]) -> list[tuple[dict, str]]:
+    return [measured(check) for check in checks]
+
+
 def measured(check: Check) -> tuple[dict, str]:
     """The row of one call, and what to print of it."""
     run = {"attend": api.IMPLEMENTATIONS, "paged.attend": paged.IMPLEMENTATIONS}[check.op][NAMES[check.op]].run
@@ -105,7 +115,8 @@ def main() -> None:
     facts = {"device": devices.here(), "assembler": cards.assembler()}
     wanted, rows = QUICK if args.quick else checks(), cards.resumed(out)
     done = [{name: row[name] for name in KEY} for row in rows]
-    for row, verdict in cards.spread(measured, [check for check in wanted if check.key not in done], args.jobs):
+    left = together([check for check in wanted if check.key not in done])
+    for row, verdict in itertools.chain.from_iterable(cards.spread(all_measured, left, args.jobs)):
         rows.append(row)
         harness.write(out, rows, **facts)
         print(f"{row['op']} block_size={row['block_size']} {row['case']}: {verdict}", flush=True)
