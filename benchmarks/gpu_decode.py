@@ -193,6 +193,8 @@ def main() -> None:
         return tabulate(args.table)
     if args.quick:
         args.tokens, args.repeats = min(args.tokens, 2**13), 1
+    if not any(args.only in str(case) for case in cases(args.tokens)):
+        parser.error(f"--only={args.only}: no case has these words: {', '.join(map(str, cases(args.tokens)))}")
     out = args.out or f"results/{devices.slug(devices.here())}/decode.json"
     facts = {"clocks": cards.clocks(), "assembler": cards.assembler(), "tokens": args.tokens}
     rows = cards.resumed(out)

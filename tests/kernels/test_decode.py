@@ -67,7 +67,10 @@ def test_problems_name_what_a_compiled_kernel_must_not_do():
 def test_every_entry_of_the_table_fits_the_kernel():
     """A stage belongs to one consumer, else a consumer would miss phases of its barrier."""
     for size, blocks in decode.table().items():
-        assert blocks.stages % blocks.consumers == 0 and blocks.keys == decode.KEYS and size in decode.HEAD_SIZES
+        assert decode.Options(blocks).cut(4, size, 8, 4096, None, 1.0).blocks == blocks
+        assert blocks.keys == decode.KEYS and size in decode.HEAD_SIZES
+    with pytest.raises(ValueError, match="stages must be a multiple of consumers"):
+        decode.Options(decode.Blocks(64, 3, 2)).cut(4, 64, 8, 4096, None, 1.0)
 
 
 @pytest.mark.parametrize(("programs", "tiles"), [(1, 1), (1, 2048), (8, 2048), (32, 128), (512, 128), (500, 1024)])

@@ -121,6 +121,8 @@ class Options:
 
     def cut(self, heads: int, head_dim: int, programs: int, slots: int, softcap: float | None, scale: float) -> Cut:
         blocks = self.blocks or table(devices.here())[head_dim]
+        if blocks.stages % blocks.consumers:
+            raise ValueError(f"decode: {blocks}: stages must be a multiple of consumers, of which each waits for its own alone")
         parts = self.splits or splits(programs, -(-slots // blocks.keys))
         interpret = jax.default_backend() == "cpu" if self.interpret is None else self.interpret
         return Cut(blocks, parts, heads, softcap, scale, interpret)
