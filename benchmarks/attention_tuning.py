@@ -89,7 +89,8 @@ def time_survivors(screened: str, out: str, repeats: int, jobs: int = 1) -> list
 def _timed(repeats: int, row: dict) -> dict:
     named = {name: row[name] for name in _KEY}
     try:
-        launch = _launch(row)
+        with cards.compiling():
+            launch = _launch(row)
         with cards.alone():
             times = cards.milliseconds(launch, repeats)
     except jax.errors.JaxRuntimeError as error:  # a candidate that the card refuses is none, and the others are still timed

@@ -65,7 +65,8 @@ def measure(args: argparse.Namespace, case: dict[str, Any]) -> list[dict[str, An
     for name, (peer, _) in gpu_peers.PEERS.items():
         starts[name], reasons[name] = functools.partial(peer, mask=mask), gpu_peers.missing(name, mask)
     reasons |= {name: "not asked for" for name in reasons if name not in (args.contestants or reasons)}
-    runs = _started(starts, reasons, (q, k, v, do))
+    with cards.compiling():
+        runs = _started(starts, reasons, (q, k, v, do))
     density = _density(MASKS[VARIANTS.get(mask, mask)](length), length) / (8 if mask == "documents" else 1)
     operations = 4 * case["batch"] * heads * length**2 * case["head_size"] * density
     with cards.alone():
