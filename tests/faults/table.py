@@ -42,8 +42,9 @@ to ten years, to either process. What is drawn is printed; `--only NAME --first=
 random moments are another command: `python -m tests.faults --kills=200 --seed=0` (`results/cpu/faults/kills.json`).
 
 Exit statuses: 2 what was asked for is wrong or cannot be read or written, 3 a checkpoint failed, 4 diverged, 5 the folder is in
-use, 6 another process failed or is lost, 75 stopped by a signal, 130 by a second Ctrl-C, 137 `kill -9`, as shells tell it; the
-same command continues in all cases once the cause is gone.
+use, 6 another process failed or is lost (134 where JAX ends the process, in its own words, before that can be said), 75 stopped
+by a signal, 130 by a second Ctrl-C, 137 `kill -9`, as shells tell it; the same command continues in all cases once the cause is
+gone.
 """
 
 
