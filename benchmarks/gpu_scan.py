@@ -11,11 +11,12 @@ there are, every input read once and every output written once; `with states` co
 implementation's forward pass keeps for its backward pass (as `kernels.offline.scan` does). `over` compares with `lax.scan` and
 `lax.associative_scan`. The forward pass is that of inference, which keeps nothing; the backward pass is of an earlier forward. A
 contestant whose first run takes more than a tenth of a second is timed by that run; one that needs more memory than there is, or
-fails, is in the row with the reason. Written after each case; the same command goes on where it stopped.
+fails, is in the row with the reason. Written after each case, with a table beside; the same command goes on where it stopped.
 """
 
 import argparse
 import functools
+import pathlib
 import time
 from collections.abc import Callable
 from concurrent import futures
@@ -77,6 +78,7 @@ CASES = (
     Case("linear_scan", 8, 16384, 2048, dtype="float32"),
 )
 """The first of each op decides the order that --commit writes."""
+NAMES = ("triton", "portable", "chunked", "associative", "reference")
 QUICK = (Case("selective_scan", 1, 64, 32, 4), Case("ssd", 1, 64, 64, 16), Case("linear_scan", 1, 64, 32, dtype="float32"))
 
 
@@ -295,6 +297,18 @@ def fastest(rows: list[dict[str, Any]]) -> dict[str, list[str]]:
     return order
 
 
+def table(rows: list[dict[str, Any]]) -> str:
+    """Of each contestant milliseconds and, with the states that it keeps, its share of the bandwidth, in the order of `CASES`."""
+    order = {case: i for i, case in enumerate(CASES)}
+    lines = []
+    for row in sorted(rows, key=lambda row: order.get(Case(*(row[field] for field in Case._fields)), len(order))):
+        found = row["contestants"]
+        cells = {name: f"{found[name]['ms']:.3g} ({found[name]['with states']:.0%})" if name in found else "–" for name in NAMES}
+        shape = " x ".join(str(row[field]) for field in ("batch", "length", "channels", "states"))
+        lines.append({"op": row["op"], "B x L x E x N": shape, "pass": row["pass"]} | cells)
+    return harness.markdown(lines)
+
+
 def line(row: dict[str, Any]) -> str:
     """A row in short."""
     found = ", ".join(f"{name} {x['ms']:.3g} ms ({x['with states']:.0%})" for name, x in row["contestants"].items())
@@ -328,6 +342,8 @@ def main() -> None:
     for measured in cards.spread(functools.partial(measure, args, facts["bandwidth"]), cases, args.jobs, each=1):
         rows += measured
         harness.write(out, rows, **facts)
+        title = f"{devices.here()}: milliseconds (share of the {facts['bandwidth']:.0f} GB/s that a copy reads and writes)"
+        pathlib.Path(out).with_suffix(".md").write_text(f"{title}\n\n{table(rows)}\n")
         print("\n".join(map(line, measured)), f"\n  after {time.perf_counter() - start:.0f} s", flush=True)
         if time.perf_counter() - start > args.budget:
             print(f"{args.budget:g} seconds are over; the same command measures what is left")

@@ -20,6 +20,7 @@ command goes on where it stopped.
 import argparse
 import dataclasses
 import functools
+import pathlib
 import time
 from collections.abc import Callable, Mapping
 from concurrent import futures
@@ -204,6 +205,20 @@ def _row(work: Workload, running: dict[str | None, Running], times, reasons, mat
     return row | {"contestants": found, "left out": {name or "default": reason for name, reason in reasons.items()}}
 
 
+def table(rows: list[dict[str, Any]]) -> str:
+    """A line for each contestant of each workload."""
+    lines = []
+    for row in rows:
+        for name, x in row["contestants"].items():
+            figures = {"ms": f"{x['ms']:.4g}", "tokens/s": f"{x['tokens_per_second']:,.0f}"}
+            figures |= {"MFU": f"{x['mfu']:.1%}" if "mfu" in x else "–", "GB": f"{x['gigabytes']:.1f}"}
+            ratio = f"{x['over cudnn']:.2f}" if "over cudnn" in x else "–"
+            lines.append(
+                {"step": f"{row['workload']}, {row['rows']} x {row['length']}", "by": name} | figures | {"over cudnn": ratio}
+            )
+    return harness.markdown(lines)
+
+
 def line(row: dict[str, Any]) -> str:
     """A row in short."""
     parts = [
@@ -241,6 +256,8 @@ def main() -> None:
         if row["contestants"]:
             rows.append(row)
             harness.write(out, rows, vocabulary=VOCABULARY, loss_chunk=CHUNK, **facts)
+            title = f"{devices.here()}, whose square bfloat16 products reach {facts['matmul_tflops']:.0f} TFLOP/s"
+            pathlib.Path(out).with_suffix(".md").write_text(f"{title}\n\n{table(rows)}\n")
         if time.perf_counter() - start > args.budget:
             print(f"{args.budget:g} seconds are over; the same command measures what is left")
             break

@@ -27,6 +27,8 @@ def test_the_benchmark_writes_after_each_case_and_resumes(tmp_path, monkeypatch,
         assert "interpreted" in row["left out"]["portable"]
     assert rows[0]["io_gigabytes"] == 3 * 4 * 64 * 32 / 1e9  # a and b in, h out
 
+    assert "| linear_scan | 1 x 64 x 32 x 1 | forward | – | – |" in out.with_suffix(".md").read_text()
+
     def measured_again(*_):
         raise AssertionError("a case that is in the file was measured again")
 

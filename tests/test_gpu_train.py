@@ -26,6 +26,8 @@ def test_the_benchmark_writes_after_each_workload_and_resumes(tmp_path, monkeypa
     weights = 512 * 64 + 2 * (4 * 64**2 + 2 * 64 * 128)
     assert found["tflops"] == pytest.approx(6 * 256 * (weights + 2 * 64 * 128) / found["ms"] / 1e9)
 
+    assert "| LM, small, 2 x 128 | chunked |" in out.with_suffix(".md").read_text()
+
     def measured_again(*_):
         raise AssertionError("a workload that is in the file was measured again")
 
