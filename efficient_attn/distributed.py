@@ -88,10 +88,14 @@ def _let_python_speak_first() -> None:
 def _watch_first() -> None:
     """End this process when process 0 is gone: what is asked of that one from then on is never answered.
 
-    A thread waits for process 0 where it never comes, and so is told.
+    A thread waits for process 0 where it never comes, and so is told. It has to end before the interpreter does.
     """
     ending = threading.Event()
-    atexit.register(ending.set)
+
+    def leave() -> None:
+        ending.set()
+        jax.distributed.shutdown()
+        thread.join(HEARTBEAT_SECONDS)
 
     def wait() -> None:
         try:
@@ -101,7 +105,9 @@ def _watch_first() -> None:
             if not ending.is_set():
                 end(error)
 
-    threading.Thread(target=wait, daemon=True).start()
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    atexit.register(leave)
 
 
 def end(error: PeerLost) -> NoReturn:
