@@ -143,8 +143,9 @@ def measure(args: argparse.Namespace, case: Case) -> dict[str, Any]:
     """One row: all are compiled first, which other processes may do at the same time, and then run by this one alone."""
     starts, left_out = {}, {}
     shapes = jax.eval_shape(case.operands, (jax.ShapeDtypeStruct((case.size,), jnp.bfloat16),) * 2)
-    for name, form in forms(case, args.blocks).items():
-        _try(name, starts, left_out, lambda form=form: form.lower(*shapes).compile())
+    with cards.compiling():
+        for name, form in forms(case, args.blocks).items():
+            _try(name, starts, left_out, lambda form=form: form.lower(*shapes).compile())
     with cards.alone():
         arrays, runs = case.operands(_numbers(case.size)), {}
         starts = {name: lambda step=step: functools.partial(step, *arrays) for name, step in starts.items()}
