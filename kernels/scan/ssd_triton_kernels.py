@@ -7,6 +7,13 @@ operands in the type of x, sums in float32 (Dao & Gu 2024, section 6; the refere
 
 Backward, the same from the last chunk to the first, with the adjoint of the state in registers, BN states at a time, and the
 state before each chunk as the forward pass kept it. What heads share leaves as one part from each program.
+With M_ij = exp(l_{j+1} + ... + l_i), i >= j, S = C B^T, W = M dt_j (dy x^T), a_i = exp(l_1 + ... + l_i), h the state before the
+chunk, w_j = exp(l_{j+1} + ... + l_Q), and lambda the gradient of the state after it,
+
+    d(dt x) = (S M)^T dy + w (B lambda^T)       dC = W B + a (dy h)       dB = W^T C + w dt (x lambda)
+    dh = exp(l_1 + ... + l_Q) lambda + (a dy)^T C
+
+and l_k has a part in M_ij where i >= k > j, in a_i where i >= k, in w_j where j < k, and in the decay of all of h.
 """
 
 from typing import no_type_check
@@ -28,6 +35,19 @@ def _log_decays(log_decay, at, valid, DECAYS: tl.constexpr):
         blocked = steps < -1e29
         return tl.cumsum(tl.where(blocked, 0.0, steps * LOG2E)), tl.cumsum(blocked.to(tl.int32))
     return tl.zeros(valid.shape, tl.float32), tl.zeros(valid.shape, tl.int32)
+
+
+@triton.jit
+@no_type_check
+def _passing(sums, blocks, Q: tl.constexpr):
+    """What is left at step i of what j wrote, M [Q, Q]; at i of the state before, a; after the chunk of what j wrote, w; of h."""
+    q = tl.arange(0, Q)
+    total, blocked = tl.sum(tl.where(q == Q - 1, sums, 0.0)), tl.sum(tl.where(q == Q - 1, blocks, 0))
+    passes = (q[:, None] >= q[None, :]) & (blocks[:, None] == blocks[None, :])
+    decays = tl.exp2(tl.where(passes, sums[:, None] - sums[None, :], float("-inf")))
+    entering = tl.where(blocks == 0, tl.exp2(sums), 0.0)
+    leaving = tl.where(blocks == blocked, tl.exp2(total - sums), 0.0)
+    return decays, entering, leaving, tl.where(blocked == 0, tl.exp2(total), 0.0)
 
 
 @triton.jit
@@ -60,20 +80,57 @@ def forward(
         dt_t = tl.load(dt + first * H + head + q * H, mask=valid, other=0.0)
         sums, blocks = _log_decays(log_decay + first * H + head, q * H, valid, DECAYS)
 
-        passes = (q[:, None] >= q[None, :]) & (blocks[:, None] == blocks[None, :])
-        decays = tl.exp2(tl.where(passes, sums[:, None] - sums[None, :], float("-inf")))
+        decays, entering, leaving, through = _passing(sums, blocks, Q)
         weights = tl.dot(C_t, tl.trans(B_t)) * decays * dt_t[None, :]
         out = tl.dot(weights.to(x_t.dtype), x_t)
-        out += tl.dot(C_t, tl.trans(h.to(x_t.dtype))) * tl.where(blocks == 0, tl.exp2(sums), 0.0)[:, None]
+        out += tl.dot(C_t, tl.trans(h.to(x_t.dtype))) * entering[:, None]
         if SKIP:
             out += tl.load(D + head) * x_t.to(tl.float32)
         tl.store(y + start + in_chunk, out.to(y.dtype.element_ty), mask=valid[:, None])
-
-        total, blocked = tl.sum(tl.where(q == Q - 1, sums, 0.0)), tl.sum(tl.where(q == Q - 1, blocks, 0))
-        written = tl.where(blocks == blocked, tl.exp2(total - sums), 0.0) * dt_t
-        h = h * tl.where(blocked == 0, tl.exp2(total), 0.0)
-        h += tl.dot(tl.trans((x_t.to(tl.float32) * written[:, None]).to(x_t.dtype)), B_t)
+        written = (x_t.to(tl.float32) * (leaving * dt_t)[:, None]).to(x_t.dtype)
+        h = h * through + tl.dot(tl.trans(written), B_t)
     tl.store(last + state + of_state, h)
+
+
+@triton.jit
+@no_type_check
+def _products(
+    B, C, adjoint, tile, valid, dtype: tl.constexpr, Q: tl.constexpr, BP: tl.constexpr, N: tl.constexpr, BN: tl.constexpr
+):
+    """C B^T [Q, Q] and B lambda^T [Q, BP], a tile of BN states at a time; `tile` are offsets of one in B and C."""
+    scores, read = tl.zeros((Q, Q), tl.float32), tl.zeros((Q, BP), tl.float32)
+    for k in tl.static_range(N // BN):
+        B_t = tl.load(B + k * BN + tile, mask=valid[:, None], other=0.0)
+        C_t = tl.load(C + k * BN + tile, mask=valid[:, None], other=0.0)
+        scores = tl.dot(C_t, tl.trans(B_t), acc=scores)
+        read = tl.dot(B_t, tl.trans(adjoint[k].to(dtype)), acc=read)
+    return scores, read
+
+
+@triton.jit
+@no_type_check
+def _through_states(
+    B, C, h, dB_parts, dC_parts, adjoint, pairs, written, dy, through, tile, of_state, parts_of_chunk, valid,
+    N: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """The parts of dB and dC are stored; dh, and the gradients of what enters a step [Q] and of the state's own decay, returned.
+
+    pairs: W. written: w dt x. dy: a dy. All [Q, Q] or [Q, BP], in 16 bits.
+    """
+    after, entering, own = (), tl.zeros(valid.shape, tl.float32), 0.0
+    for k in tl.static_range(N // BN):
+        B_t = tl.load(B + k * BN + tile, mask=valid[:, None], other=0.0)
+        C_t = tl.load(C + k * BN + tile, mask=valid[:, None], other=0.0)
+        h_t = tl.load(h + k * BN + of_state)
+        dB = tl.dot(tl.trans(pairs), C_t, acc=tl.dot(written, adjoint[k].to(pairs.dtype)))
+        tl.store(dB_parts + k * BN + parts_of_chunk, dB.to(dB_parts.dtype.element_ty), mask=valid[:, None])
+        dC = tl.dot(dy, h_t)
+        entering += tl.sum(dC * C_t.to(tl.float32), axis=1)
+        dC = tl.dot(pairs, B_t, acc=dC)
+        tl.store(dC_parts + k * BN + parts_of_chunk, dC.to(dC_parts.dtype.element_ty), mask=valid[:, None])
+        own += tl.sum(tl.sum(adjoint[k] * h_t.to(tl.float32), axis=1), axis=0)
+        after = after + (tl.dot(tl.trans(dy), C_t, acc=adjoint[k] * through),)
+    return after, entering, own * through
 
 
 @triton.jit
@@ -84,16 +141,7 @@ def backward(
     L: tl.constexpr, H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BP: tl.constexpr,
     BN: tl.constexpr, DECAYS: tl.constexpr, SKIP: tl.constexpr,
 ):  # fmt: skip
-    """`ssd_triton.Gradients`, chunk by chunk from the last, the adjoint of the state [BP, N] in registers.
-
-    With M_ij = exp(l_{j+1} + ... + l_i), i >= j, S = C B^T, W = M dt_j (dy x^T), a_i = exp(l_1 + ... + l_i), h the state before
-    the chunk, w_j = exp(l_{j+1} + ... + l_Q), and lambda the gradient of the state after it,
-
-        d(dt x) = (S M)^T dy + w (B lambda^T)       dC = W B + a (dy h)       dB = W^T C + w dt (x lambda)
-        dh = exp(l_1 + ... + l_Q) lambda + (a dy)^T C
-
-    and l_k has a part in M_ij where i >= k > j, in a_i where i >= k, in w_j where j < k, and in the decay of all of h.
-    """
+    """`ssd_triton.Gradients`, by the formulas above."""
     head, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     group = head // (H // G)
     block = tl.program_id(0)
@@ -116,52 +164,31 @@ def backward(
         dy_t = tl.load(dy + start + in_chunk, mask=valid[:, None], other=0.0)
         dt_t = tl.load(dt + first * H + head + q * H, mask=valid, other=0.0)
         sums, blocks = _log_decays(log_decay + first * H + head, q * H, valid, DECAYS)
-        total, blocked = tl.sum(tl.where(q == Q - 1, sums, 0.0)), tl.sum(tl.where(q == Q - 1, blocks, 0))
-        entering = tl.where(blocks == 0, tl.exp2(sums), 0.0)
-        leaving = tl.where(blocks == blocked, tl.exp2(total - sums), 0.0)
-        through = tl.where(blocked == 0, tl.exp2(total), 0.0)
-
-        weights, written = tl.zeros((Q, Q), tl.float32), tl.zeros((Q, BP), tl.float32)
-        for k in tl.static_range(N // BN):
-            B_t = tl.load(B + group_start + k * BN + states_of_chunk, mask=valid[:, None], other=0.0)
-            C_t = tl.load(C + group_start + k * BN + states_of_chunk, mask=valid[:, None], other=0.0)
-            weights = tl.dot(C_t, tl.trans(B_t), acc=weights)
-            written = tl.dot(B_t, tl.trans(adjoint[k].to(x_t.dtype)), acc=written)
-        passes = (q[:, None] >= q[None, :]) & (blocks[:, None] == blocks[None, :])
-        decays = tl.exp2(tl.where(passes, sums[:, None] - sums[None, :], float("-inf")))
-        weights = weights * decays
+        decays, entering, leaving, through = _passing(sums, blocks, Q)
+        B_c, C_c = B + group_start, C + group_start
+        weights, dwritten = _products(B_c, C_c, adjoint, states_of_chunk, valid, x_t.dtype, Q, BP, N, BN)
+        weights, dwritten = weights * decays, dwritten * leaving[:, None]
         pairs = tl.dot(dy_t, tl.trans(x_t)) * dt_t[None, :]
         later = tl.sum(pairs * weights, axis=1) - tl.sum(pairs * weights, axis=0)
         pairs = (pairs * decays).to(x_t.dtype)
         full, dy_full = x_t.to(tl.float32), dy_t.to(tl.float32)
-        written = written * leaving[:, None]
-        earlier = tl.sum(written * full, axis=1) * dt_t
-        written = tl.dot(tl.trans(weights.to(x_t.dtype)), dy_t, acc=written)
-        tl.store(ddt_parts + part + steps, tl.sum(full * written, axis=1), mask=valid)
-        dx_t = written * dt_t[:, None]
+        earlier = tl.sum(dwritten * full, axis=1) * dt_t
+        dwritten = tl.dot(tl.trans(weights.to(x_t.dtype)), dy_t, acc=dwritten)
+        tl.store(ddt_parts + part + steps, tl.sum(full * dwritten, axis=1), mask=valid)
+        dx_t = dwritten * dt_t[:, None]
         if SKIP:
             dx_t += tl.load(D + head) * dy_full
             dD += tl.sum(dy_full * full, axis=0)
         tl.store(dx + start + in_chunk, dx_t.to(dx.dtype.element_ty), mask=valid[:, None])
 
-        x_out, dy_in = (full * (leaving * dt_t)[:, None]).to(x_t.dtype), (dy_full * entering[:, None]).to(x_t.dtype)
+        written, dy_in = (full * (leaving * dt_t)[:, None]).to(x_t.dtype), (dy_full * entering[:, None]).to(x_t.dtype)
         before = (((b * ((L + Q - 1) // Q) + chunk) * H + head) * P + block * BP) * N
-        everywhere, after = 0.0, ()
-        for k in tl.static_range(N // BN):
-            B_t = tl.load(B + group_start + k * BN + states_of_chunk, mask=valid[:, None], other=0.0)
-            C_t = tl.load(C + group_start + k * BN + states_of_chunk, mask=valid[:, None], other=0.0)
-            h = tl.load(kept + before + k * BN + of_state)
-            dB = tl.dot(tl.trans(pairs), C_t, acc=tl.dot(x_out, adjoint[k].to(x_t.dtype)))
-            tl.store(dB_parts + part * N + k * BN + parts_of_chunk, dB.to(dB_parts.dtype.element_ty), mask=valid[:, None])
-            dC = tl.dot(dy_in, h)
-            later += tl.sum(dC * C_t.to(tl.float32), axis=1)
-            dC = tl.dot(pairs, B_t, acc=dC)
-            tl.store(dC_parts + part * N + k * BN + parts_of_chunk, dC.to(dC_parts.dtype.element_ty), mask=valid[:, None])
-            everywhere += tl.sum(tl.sum(adjoint[k] * h.to(tl.float32), axis=1), axis=0)
-            after = after + (tl.dot(tl.trans(dy_in), C_t, acc=adjoint[k] * through),)
-        adjoint = after
+        adjoint, of_entering, own = _through_states(
+            B_c, C_c, kept + before, dB_parts + part * N, dC_parts + part * N, adjoint, pairs, written, dy_in, through,
+            states_of_chunk, of_state, parts_of_chunk, valid, N, BN,
+        )  # fmt: skip
         if DECAYS:
-            dl = tl.cumsum(later, reverse=True) + tl.cumsum(earlier) - earlier + through * everywhere
+            dl = tl.cumsum(later + of_entering, reverse=True) + tl.cumsum(earlier) - earlier + own
             tl.store(dlog_decay_parts + part + steps, dl, mask=valid)
     for k in tl.static_range(N // BN):
         tl.store(dh0 + state + k * BN + of_state, adjoint[k])
