@@ -56,7 +56,7 @@ def kernels() -> Iterator[Kernel]:
         yield from (Kernel(name, "bfloat16", states, "all") for states in selective_portable.table(FALLBACK) if states != 16)
     for name, dtype in itertools.product(("forward", "backward"), ("bfloat16", "float32")):
         yield from (Kernel(name, dtype, states, "all", "triton") for states in triton.table(FALLBACK))
-    for name, states in itertools.product(("ssd forward", "ssd backward"), ssd_triton.SIZES):
+    for name, states in itertools.product(("ssd inference", "ssd forward", "ssd backward"), ssd_triton.SIZES):
         yield Kernel(name, "bfloat16", states, "all", "triton")
     for dtype in ("float32", "complex64"):
         yield from (Kernel(name, dtype, 1, "bare") for name in ("linear", "linear, time-invariant"))
@@ -171,7 +171,7 @@ def _source(kernel: Kernel) -> tuple:
 
     if kernel.name.startswith("ssd"):
         arrays, outputs, constants, blocks = _ssd_arguments(kernel)
-        run = getattr(ssd_triton_kernels, kernel.name.removeprefix("ssd "))
+        run = ssd_triton_kernels.backward if kernel.name == "ssd backward" else ssd_triton_kernels.forward
         return run, [*arrays, *outputs], constants, blocks.warps, blocks.stages
     plan = plan_of(kernel)
     if kernel.name == "forward":
@@ -183,12 +183,12 @@ def _source(kernel: Kernel) -> tuple:
 
 
 def _ssd_arguments(kernel: Kernel) -> tuple:
-    """Arrays, outputs, constants and blocks of a pass of training, of one group."""
+    """Arrays, outputs, constants and blocks of a pass, of one group."""
     time, heads, N = (BATCH, LENGTH, 1), CHANNELS // HEAD, kernel.states
     x, B = (jax.ShapeDtypeStruct((*time, *rest), kernel.dtype) for rest in ((heads, HEAD), (N,)))
     steps, skip, h0 = (jax.ShapeDtypeStruct(s, "float32") for s in ((*time, heads), (1, heads), (BATCH, 1, heads, HEAD, N)))
-    forward = ssd_triton.forward_arguments(x, steps, steps, B, B, skip, h0, kept=True)
-    if kernel.name == "ssd forward":
+    forward = ssd_triton.forward_arguments(x, steps, steps, B, B, skip, h0, kept=kernel.name != "ssd inference")
+    if kernel.name != "ssd backward":
         return forward
     return ssd_triton.backward_arguments(x, steps, steps, B, B, skip, forward[1][2], x, h0)
 
@@ -201,7 +201,7 @@ def _ssd_traffic(kernel: Kernel) -> dict[str, int]:
     B, skip = arrays[3], arrays[5]
     shared = _bytes((B, B)), programs // constants["H"] * _bytes(arrays[1:3]), BATCH * _bytes(skip)
     once = _bytes(arrays) - _bytes((*arrays[1:3], B, B, skip))
-    if kernel.name == "ssd forward":
+    if kernel.name != "ssd backward":
         least = _bytes(arrays) + _bytes(outputs)
         return {"ideal": least, "moved": once + programs * shared[0] + sum(shared[1:]) + _bytes(outputs)}
     d = ssd_triton.Gradients(*outputs)

@@ -49,7 +49,7 @@ print(json.dumps([rows, scan.problems(rows)]))
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     rows, problems = json.loads(done.stdout)
-    assert len(rows) == 4 * len(triton.table()) + 2 * len(ssd_triton.SIZES) and problems == []
+    assert len(rows) == 4 * len(triton.table()) + 3 * len(ssd_triton.SIZES) and problems == []
     assert all(row["tensor_core"] > 0 for row in rows if row["name"].startswith("ssd"))
     assert all(row["registers"] > 32 for row in rows)
 
