@@ -32,7 +32,7 @@ def blocks_of(head_dim: int, states: int, *, training: bool) -> Blocks:
     if training:
         return Blocks(32, min(head_dim, 64 if states >= 64 else 32), 8, 2)
     channels = min(head_dim, 64)
-    return Blocks(64, channels, 8 if channels * states >= 2048 else 4, 2)
+    return Blocks(64 if states < 128 else 32, channels, 8 if channels * states >= 2048 else 4, 2)
 
 
 def why_not(spec) -> str | None:
