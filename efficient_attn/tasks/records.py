@@ -157,7 +157,7 @@ def _check_lengths(split: tfds.core.SplitInfo) -> None:
         try:
             found = _num_records(pathlib.Path(path))
         except Exception as error:
-            raise _damaged(f"records of {path}", error) from error
+            raise _damaged(f"records of {path}", str(error) or "it is not a whole array_record file") from error
         if found != length:
             raise _damaged(f"records of {path}", f"there are {found}, and {length} by {_METADATA}")
 

@@ -151,6 +151,13 @@ class Place:
         assert status == 75, program.err
 
 
+def undisturbed(folder: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
+    """What all faults in `folder` share, made now with the data in it; and in it the run that nothing happened to."""
+    shared = folder / "shared"
+    shared.mkdir()
+    return shared, Place(folder, shared, Draw()).reference
+
+
 # What is done inside the run's process.
 
 

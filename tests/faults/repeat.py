@@ -19,7 +19,7 @@ from typing import Any
 from efficient_attn.workdir import read_json
 from tests.faults.draw import Draw
 from tests.faults.faults import FAULTS
-from tests.faults.place import Place, Row
+from tests.faults.place import Place, Row, undisturbed
 
 
 @dataclasses.dataclass
@@ -53,9 +53,7 @@ def campaign(folder: pathlib.Path, names: Sequence[str], count: int, seed: int, 
     """Make the named faults, the `first`-th to the one before `first + count`, in `folder`; what happened, as JSON."""
     started = time.monotonic()
     outcomes, findings = {name: Outcomes() for name in names}, []
-    shared = folder / "shared"
-    shared.mkdir()
-    undisturbed = Place(folder, shared, Draw()).reference
+    shared, reference = undisturbed(folder)
     for number, name in itertools.product(range(first, first + count), names):
         if time.monotonic() - started > 60 * minutes:
             break
@@ -78,7 +76,7 @@ def campaign(folder: pathlib.Path, names: Sequence[str], count: int, seed: int, 
         shutil.rmtree(here)
     made = sum(outcome.ends.total() for outcome in outcomes.values()) + len(findings)
     print(f"{made} faults made of {count * len(names)}, seed {seed}, first {first}: {len(findings)} findings")
-    info = read_json(undisturbed / "run.json")
+    info = read_json(reference / "run.json")
     return {
         "command": f"python -m tests.faults --repeat={count} --seed={seed} --first={first} --minutes={minutes:g}",
         "made": made,

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from tests.faults.draw import Draw
 from tests.faults.faults import FAULTS
-from tests.faults.place import Place, Row
+from tests.faults.place import Place, Row, undisturbed
 
 HEADER = ("| fault | what it says (exit status) | what is on disk | how it goes on |", "|---|---|---|---|")
 
@@ -50,8 +50,7 @@ gone.
 
 def write(folder: pathlib.Path, names: Iterable[str], page: pathlib.Path | None) -> None:
     """Make the named faults in `folder` as documented; their rows are printed, and replace those of the page after each."""
-    shared, rows = folder / "shared", {}
-    shared.mkdir()
+    (shared, _), rows = undisturbed(folder), {}
     old = page.read_text() if page and page.exists() else ""
     for number, name in enumerate(names):
         here = folder / f"fault{number}"
