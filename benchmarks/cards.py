@@ -122,8 +122,11 @@ def median(times: Sequence[float]) -> float:
 
 
 def commit(section: str, found: dict[str, Any], **facts: Any) -> pathlib.Path:
-    """Add to a section of kernels/numerics/<device>.json, whose other entries stay, what was found out on this device."""
-    return _add(devices.numerics_file(devices.here()), section, found, **facts)
+    """`found` into a section of kernels/numerics/<device>.json, each verdict with what it was measured on; the rest stays."""
+    now = harness.environment()
+    facts = {name: now[name] for name in ("commit", "date", "jax")} | facts
+    dated = {name: value | {"measured": facts} if isinstance(value, dict) else value for name, value in found.items()}
+    return record(devices.here(), section, dated)
 
 
 def record(kind: str, section: str, found: dict[str, Any]) -> pathlib.Path:
@@ -139,11 +142,8 @@ def record(kind: str, section: str, found: dict[str, Any]) -> pathlib.Path:
 
 
 def commit_blocks(section: str, found: dict[str, Any], **facts: Any) -> pathlib.Path:
-    """The same of kernels/blocks/<device>.json."""
-    return _add(devices.blocks_file(devices.here()), section, found, **facts)
-
-
-def _add(path: pathlib.Path, section: str, found: dict[str, Any], **facts: Any) -> pathlib.Path:
+    """`found` into a section of kernels/blocks/<device>.json, whose other sections stay."""
+    path = devices.blocks_file(devices.here())
     earlier = json.loads(path.read_text()) if path.exists() else {}
     kept = {name: value for name, value in earlier.items() if name not in ("command", "environment", "rows")}
     harness.write(path, rows=[], **(kept | facts | {section: kept.get(section, {}) | found}))

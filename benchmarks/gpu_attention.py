@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from benchmarks import cards, gpu_peers, harness
 from kernels import devices
@@ -119,10 +120,17 @@ def _why_not(name: str, qkv, options: dict[str, Any]) -> str | None:
     return None
 
 
+@functools.cache
 def _density(mask: masks.Mask, length: int) -> float:
-    """The share of pairs allowed; of tiles that are partly allowed, half."""
-    kinds = tiles.tables(mask, length, length, 128, 128)
-    return float((kinds / masks.FULL).mean())
+    """The share of pairs allowed."""
+    size = 64
+    kinds = tiles.tables(mask, length, length, size, size)[0]
+    total = int((kinds == masks.FULL).sum()) * size**2
+    within = np.arange(size)
+    for row, column in np.argwhere(kinds == masks.PARTIAL):
+        q_pos, kv_pos = row * size + within, column * size + within
+        total += int(np.broadcast_to(mask.allowed(q_pos[:, None], kv_pos[None]), (size, size)).sum())
+    return total / length**2
 
 
 def matmul_tflops(size: int) -> float:

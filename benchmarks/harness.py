@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
@@ -89,7 +90,7 @@ def write(out: str | os.PathLike | None, rows: Any, **facts: Any) -> None:
         return
     path = pathlib.Path(out)
     path.parent.mkdir(parents=True, exist_ok=True)
-    command = " ".join(["python -m", _module(), *sys.argv[1:]])
+    command = f"python -m {shlex.join([_module(), *sys.argv[1:]])}"
     aside = path.with_name(f".{path.name}.tmp")
     aside.write_text(json.dumps({"command": command, "environment": environment(), **facts, "rows": rows}, indent=1) + "\n")
     aside.replace(path)

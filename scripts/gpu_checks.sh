@@ -12,9 +12,10 @@ export XLA_PYTHON_CLIENT_PREALLOCATE=false  # several processes share the device
 jobs=$(($(nproc) > 12 ? 12 : $(nproc)))
 device="$("$PYTHON" -c 'from kernels import devices; import jax; assert jax.default_backend() == "gpu", "no GPU here"; print(devices.slug(devices.here()))')"
 
-run() { # seconds, module, arguments
+failed=0
+run() { # seconds, module, arguments; the rest is still run where one fails
   echo "== ${*:2}"
-  timeout "$1" "$PYTHON" -m "${@:2}" || echo "ended with $?: ${*:2}"
+  timeout "$1" "$PYTHON" -m "${@:2}" || { echo "ended with $?: ${*:2}"; failed=1; }
 }
 
 numerics() { # what passes may become a default on this kind of device; XLA's own choice of kernels takes minutes and is no part of it
@@ -46,5 +47,10 @@ everything() { # other lengths and contestants too
   run 300 benchmarks.gpu_attention --jobs=4 --out "results/$device/attention_all.json"
 }
 
-for part in ${*:-numerics blocks attention decode scans training everything}; do $part; done
+parts="numerics blocks attention decode scans training everything"
+for part in "$@"; do
+  [[ " $parts " == *" $part "* ]] || { echo "no part $part; there are: $parts" >&2; exit 2; }
+done
+for part in ${*:-$parts}; do $part; done
 ls -l "results/$device"
+exit $failed

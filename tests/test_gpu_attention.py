@@ -3,6 +3,7 @@
 import json
 import sys
 
+import numpy as np
 import pytest
 
 from benchmarks import attention_tuning, cards, gpu_attention, gpu_table
@@ -72,3 +73,10 @@ def test_rows_of_another_commit_are_not_resumed(tmp_path, capsys):
 def test_spread_gives_every_result_once():
     """By two processes, in the order in which they are done."""
     assert sorted(cards.spread(abs, range(-7, 0), jobs=2)) == list(range(1, 8))
+
+
+@pytest.mark.parametrize("name", gpu_attention.MASKS)
+def test_the_density_counts_every_pair(name):
+    mask, at = gpu_attention.MASKS[name](512), np.arange(512)
+    allowed = np.broadcast_to(mask.allowed(at[:, None], at[None]), (512, 512))
+    assert gpu_attention._density(mask, 512) == pytest.approx(allowed.mean())
