@@ -180,7 +180,7 @@ class Blocks(Mask):
             raise ValueError(f"{name}: table={self.table!r}; give a sequence of rows, the key blocks of each query block")
         table = tuple(_ascending(f"{name}: row {i}, {row!r}", row) for i, row in enumerate(self.table))
         if self.size < 1 or not table or any(row and row[0] < 0 for row in table):
-            raise ValueError(f"{name}, {len(table)} rows: use size >= 1, one row or more, and blocks >= 0")
+            raise ValueError(f"Blocks(size={self.size}, {len(table)} rows): use size >= 1, one row or more, and blocks >= 0")
         object.__setattr__(self, "table", table)
         if self._last * self.size > LARGEST:
             raise ValueError(f"{name}: block {self._last} begins after position {LARGEST}, the last expected, as they are int32")
