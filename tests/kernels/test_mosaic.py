@@ -17,7 +17,9 @@ import pytest
 from kernels import compat, devices
 from kernels.attention import Dropout, api, biases, explain, masks, mosaic, numerics, reference
 from kernels.attention.mosaic import operands, tiling
+from kernels.attention.mosaic.api import MAX_BIASED
 from kernels.attention.numerics import Case
+from kernels.devices import SHARED_BYTES
 from kernels.offline import expected
 from kernels.offline import mosaic as offline
 
@@ -205,3 +207,18 @@ def test_the_model_counts_allowed_pairs_and_the_programs_that_a_processor_holds(
     figures = {"consumers": 2, "registers": 168, "shared_bytes": 227 * 1024}
     assert expected.programs(figures, expected.Card()) == 1
     assert expected.programs(figures | {"consumers": 1, "registers": 80, "shared_bytes": 70_000}, expected.Card()) == 3
+
+
+@pytest.mark.parametrize("device", ["NVIDIA H200", "NVIDIA H100 80GB HBM3"])
+@pytest.mark.parametrize("bias", [None, "dense"])
+def test_blocks_fit_in_shared_memory_with_what_comes_with_each_pair(device, bias):
+    """A stored mask, a table of float32, or both, take stages from the blocks that were fastest without."""
+    for name, entries in tiling.table(device).items():
+        for size, blocks in entries.items():
+            if bias is None or size <= MAX_BIASED:
+                call = Case(300, 300, size, "negated", bias=bias).call()
+                fitted = tiling._fitted(name, tiling._relieved(name, blocks, size, call), size, call)
+                assert 1 <= fitted.stages <= blocks.stages
+                assert tiling._shared_bytes(name, fitted, size, call) <= SHARED_BYTES
+    plain = Case(300, 300, 64, "causal").call()
+    assert tiling._fitted("dkv", tiling.table(device)["dkv"][64], 64, plain) == tiling.table(device)["dkv"][64]
