@@ -14,17 +14,14 @@ Kept are the two newest whole steps (if the newest is damaged there is one befor
 """
 
 import contextlib
-import functools
 import hashlib
 import itertools
 import json
-import logging
 import math
 import os
 import pathlib
 import re
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -36,7 +33,7 @@ import orbax.checkpoint as ocp
 from absl import logging as absl_logging
 from jaxtyping import PyTree
 
-from efficient_attn import distributed, workdir
+from efficient_attn import distributed, quiet_orbax, workdir
 
 SEAL = "seal.json"
 KEEP_LATEST = 2
@@ -95,7 +92,7 @@ class Checkpoints:
         self._changes = not read_only and jax.process_index() == 0  # whether this process may rename and delete
         self._whole: set[int] = set()  # steps this process has sealed or verified
         self._saving: int | None = None
-        _let_orbax_fail_quietly()
+        quiet_orbax.let_it_fail_quietly()
         self._handler = _SealingHandler()
         self._orbax = ocp.AsyncCheckpointer(self._handler, async_options=ORBAX)
         if self._changes:
@@ -143,13 +140,16 @@ class Checkpoints:
         """Wait for the save in progress and release Orbax's threads. Raises as `wait` does."""
         try:
             self.wait()
-        finally:
-            with contextlib.suppress(OSError):  # of a file that is never read, in a save that `wait` has reported
+        except Exception:
+            with contextlib.suppress(OSError):  # of a file that is never read, in the save that failed
                 self._orbax.close()
+            raise
+        self._orbax.close()
 
     def steps(self) -> list[int]:
         """The committed steps, whole or not, in increasing order."""
-        return sorted(int(path.name) for path in self.directory.glob("*") if path.name.isdecimal())
+        names = os.listdir(self.directory) if self.directory.is_dir() else []
+        return sorted(int(name) for name in names if name.isdecimal())
 
     def latest_step(self) -> int | None:
         """The newest whole step."""
@@ -306,27 +306,6 @@ class Checkpoints:
 
     def _folder(self, step: int) -> pathlib.Path:
         return self.directory / str(step)
-
-
-def _let_orbax_fail_quietly() -> None:
-    """Have a failed save reported once, by the `CheckpointError` that `wait` raises.
-
-    Orbax also logs it three times and closes its event loop at the first array that fails: each write still under way
-    complains of that to the log of `asyncio` or to `sys.unraisablehook`. Only these reports are dropped.
-    """
-    for logger in ("absl", "asyncio"):
-        logging.getLogger(logger).addFilter(_is_not_of_orbax)
-    if getattr(sys.unraisablehook, "func", None) is not _report_unraisable:
-        sys.unraisablehook = functools.partial(_report_unraisable, sys.unraisablehook)
-
-
-def _is_not_of_orbax(record: logging.LogRecord) -> bool:
-    return not (record.exc_info and "orbax" in record.pathname + record.getMessage())
-
-
-def _report_unraisable(report, unraisable) -> None:
-    if not (isinstance(unraisable.exc_value, RuntimeError) and str(unraisable.exc_value) == "Event loop is closed"):
-        report(unraisable)
 
 
 def _arrays(state: PyTree) -> dict[str, str]:

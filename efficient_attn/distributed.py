@@ -79,7 +79,8 @@ def _let_python_speak_first() -> None:
 
     The call in which Python waits for the lost one fails at the same moment. So abort() first sleeps, for as many seconds as
     the number that its signal handler is given (6), in which `PeerLost` can be raised and told. Python gets no word in where it
-    holds its lock that long: then JAX's message is the last, and the exit status that of abort(), 134.
+    holds its lock that long: then JAX's message is the last, and the exit status that of abort(), 134. A SIGABRT from outside is
+    slept through too: SIGTERM stops such a process in order, SIGKILL at once.
     """
     libc = ctypes.CDLL(None)
     libc.signal(ctypes.c_int(signal.SIGABRT), ctypes.cast(libc.sleep, ctypes.c_void_p))

@@ -202,10 +202,11 @@ def example_batch(task: Task, rows: int) -> Batch:
     values = (task.channels,) if task.vocab_size is None else ()
     dtype = np.float32 if task.vocab_size is None else np.int32
     packed = {"segment_ids": jax.ShapeDtypeStruct((rows, *inner), np.int32)} if task.packed else {}
+    mask = {"mask": jax.ShapeDtypeStruct((rows, *inner), np.bool_)} if task.padded else {}
     return {
         **packed,
+        **mask,
         "inputs": jax.ShapeDtypeStruct((rows, *inner, *values), dtype),
-        "mask": jax.ShapeDtypeStruct((rows, *inner), np.bool_),
         "targets": jax.ShapeDtypeStruct((rows, *per_target), np.int32),
         "weights": jax.ShapeDtypeStruct((rows, *per_target), np.float32),
     }

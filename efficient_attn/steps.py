@@ -66,7 +66,7 @@ def empty_memory(model: nn.Module, variables: PyTree, batch: Batch) -> PyTree:
 
 
 def context(batch: Batch, *, train: bool) -> Context:
-    return Context(mask=batch["mask"], segment_ids=batch.get("segment_ids"), train=train)
+    return Context(mask=batch.get("mask"), segment_ids=batch.get("segment_ids"), train=train)
 
 
 def loss_sums(output: Any, targets: Any, weights: Any, label_smoothing: float = 0.0, loss_chunk: int = 0) -> Sums:

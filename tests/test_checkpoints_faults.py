@@ -51,6 +51,19 @@ def save_all(checkpoints: Checkpoints, accuracies: dict[int, float | None]) -> N
     checkpoints.wait()
 
 
+def test_what_fails_in_closing_without_a_failed_save_is_told(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path / "checkpoints", metric="accuracy", mode="max")
+    orbax_close = checkpoints._orbax.close
+
+    def close():
+        orbax_close()
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(checkpoints._orbax, "close", close)
+    with pytest.raises(OSError, match="Input/output error"):
+        checkpoints.close()
+
+
 # Damage on disk.
 
 

@@ -23,15 +23,16 @@ class Encoder(Trunk):
         x = self.input_layer()(inputs)
         ctx = self.sample_positions(x, ctx)
         x = self.add_positions(x, ctx)
-        mask = jnp.ones(x.shape[:2], bool) if ctx.mask is None else ctx.mask
+        mask = ctx.mask
         if self.pooling == "cls":
             if ctx.segment_ids is not None or ctx.positions is not None:
                 raise ValueError("pooling='cls' puts a vector before the sequence: it takes no segment_ids and no positions")
             cls = self.param("cls", nn.initializers.normal(0.02), (1, 1, self.width)).astype(x.dtype)
             x = jnp.concatenate([jnp.broadcast_to(cls, (x.shape[0], 1, self.width)), x], axis=1)
-            mask = jnp.concatenate([jnp.ones_like(mask[:, :1]), mask], axis=1)
+            mask = None if mask is None else jnp.concatenate([jnp.ones_like(mask[:, :1]), mask], axis=1)
         hidden = self.blocks(x, ctx.replace(mask=mask))
-        return lookup(POOLINGS, self.pooling, "model.pooling")(hidden, mask)
+        real = jnp.ones(hidden.shape[:2], bool) if mask is None else mask
+        return lookup(POOLINGS, self.pooling, "model.pooling")(hidden, real)
 
 
 class Classifier(Encoder):

@@ -12,7 +12,8 @@ Every example is a dict of NumPy arrays of fixed shape, L being the task's `leng
     targets   [] int32        [] int32        [L] int32   class, or the token to predict at each position
     weights   [] float32      [] float32      [L] float32 weight of each target in loss and metrics; 0 = ignored
 
-plus `segment_ids` [L] int32 where documents are packed into one row. Stacked by the pipeline, these are the batch.
+without `mask` in tasks that pad nothing (`padded`), and with `segment_ids` [L] int32 where documents are packed into one row.
+Stacked by the pipeline, these are the batch.
 """
 
 import abc
@@ -60,12 +61,14 @@ class Task(abc.ABC):
     """Base of every task. Subclasses add their own fields (all with defaults) and define what is abstract here.
 
     Class attributes: `head` names the model head and loss; `metric` the number that selects the best checkpoint
-    (`metric_mode` says whether more is better).
+    (`metric_mode` says whether more is better); `padded` says whether examples may be shorter than `length` (they then have a
+    `mask`, which costs every mixer something).
     """
 
     head: ClassVar[Head]
     metric: ClassVar[str] = "accuracy"
     metric_mode: ClassVar[Literal["max", "min"]] = "max"
+    padded: ClassVar[bool] = True
     length_field: ClassVar[str] = "length"  # which argument sets `length`, where one alone does
 
     @property

@@ -59,6 +59,7 @@ class Image(Task):
     data_dir: str = "data"
 
     head: ClassVar[Head] = "classify"
+    padded: ClassVar[bool] = False
 
     def __post_init__(self):
         if self.colour and self.as_tokens:
@@ -183,4 +184,4 @@ def _tokens(image: UInt8[np.ndarray, "3 32 32"]) -> Int32[np.ndarray, "1024"]:
 def _example(images: BinaryFiles, as_tokens: bool, colour: bool, index: int) -> Example:
     image, label = images[index]
     inputs = _tokens(image) if as_tokens else _normalised(image, colour)
-    return {"inputs": inputs, "mask": np.ones(1024, bool), "targets": np.int32(label), "weights": np.float32(1.0)}
+    return {"inputs": inputs, "targets": np.int32(label), "weights": np.float32(1.0)}

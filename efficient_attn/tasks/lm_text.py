@@ -85,6 +85,7 @@ class LMText(Task):
     """
 
     head: ClassVar[Head] = "lm"
+    padded: ClassVar[bool] = False
     metric: ClassVar[str] = "loss"
     metric_mode: ClassVar[Literal["max", "min"]] = "min"
     length_field: ClassVar[str] = "context"

@@ -173,6 +173,7 @@ class Pathfinder(Task):
     release_dir: str = ""
 
     head: ClassVar[Head] = "classify"
+    padded: ClassVar[bool] = False
 
     def __post_init__(self):
         if self.resolution not in snakes.SPECS:
@@ -266,7 +267,6 @@ def _example(encode, record: Mapping[str, np.ndarray]) -> Example:
     image = record["image"]
     return {
         "inputs": encode(image),
-        "mask": np.ones(len(image), bool),
         "targets": np.int32(record["label"]),
         "weights": np.float32(1.0),
     }

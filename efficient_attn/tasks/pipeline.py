@@ -97,7 +97,7 @@ def eval_batches(
     """Every example of `source` once, as `steps_per_epoch` batches of equal shape; this process's rows of them.
 
     In order; of streams, each row in its own order.
-    Rows past the end are all zero: weight 0 and mask False, so that weighted sums over the batches are exact.
+    Rows past the end are all zero, weights too, so that weighted sums over the batches are exact.
     Arguments and errors as in `train_batches`.
     """
     rows = _process_rows(batch_size, process_index, process_count)

@@ -144,6 +144,8 @@ def open_split(directory: pathlib.Path, split: str) -> Source:
 @contextlib.contextmanager
 def _reading_metadata(directory: pathlib.Path) -> Iterator[None]:
     try:
+        for name in (_METADATA, _FEATURES):
+            (directory / name).open("rb").close()  # TFDS says only that it could not read them
         yield
     except TaskError:
         raise
@@ -155,14 +157,20 @@ def _check_lengths(split: tfds.core.SplitInfo) -> None:
     """Which example is the i-th depends on how many each shard is said to hold, and of that there is no checksum."""
     for path, length in zip(split.filepaths, split.shard_lengths, strict=True):
         try:
+            pathlib.Path(path).open("rb").close()
             found = _num_records(pathlib.Path(path))
         except Exception as error:
-            raise _damaged(f"records of {path}", str(error) or "it is not a whole array_record file") from error
+            reason = error if str(error) else "it is not a whole array_record file"
+            raise _damaged(f"records of {path}", reason) from error
         if found != length:
             raise _damaged(f"records of {path}", f"there are {found}, and {length} by {_METADATA}")
 
 
 def _damaged(what: str, error: Exception | str) -> TaskError:
+    """What the system refuses, for want of files, memory or permission, says nothing about the data."""
+    if isinstance(error, OSError | MemoryError) and not isinstance(error, FileNotFoundError):
+        refusal = getattr(error, "strerror", None) or "out of memory"
+        return TaskError(f"cannot read {what}: {refusal}. The files may be whole: mend that, and run the same command again.")
     reason = " ".join(str(error).split()).rstrip(".")[:300] or type(error).__name__
     advice = "Its files are damaged: remove them, and the same command makes or asks for them again."
     return TaskError(f"cannot read {what}: {reason}. {advice}")

@@ -92,7 +92,6 @@ class _DrawnSource:
         inputs, targets, scored = self._task.draw(Draws(self._key, indices))
         return {
             "inputs": inputs,
-            "mask": np.ones(inputs.shape, bool),
             "targets": targets,
             "weights": scored.astype(np.float32),
         }
@@ -111,6 +110,7 @@ class SyntheticTask(Task):
     """
 
     head: ClassVar[Head] = "lm"
+    padded: ClassVar[bool] = False
     slug: ClassVar[str]
 
     length: int = 64

@@ -10,7 +10,7 @@ from efficient_attn.tasks.base import Example, TaskError
 class Windows:
     """Windows of `context` tokens at `count` equally spaced starts, 0 <= start < span; each target is the token after its input.
 
-    Window i starts at floor(i span / count). Positions whose target lies past the end of the data have mask False and weight 0.
+    Window i starts at floor(i span / count). Positions whose target lies past the end of the data have token 0 and weight 0.
     With `documents`, segment_ids are the number of separators up to and with each position.
     """
 
@@ -31,12 +31,11 @@ class Windows:
         starts = np.asarray(indices, np.int64) * self._span // self._count
         places = starts[:, None] + self._offsets
         windows = self._data[np.minimum(places, len(self._data) - 1)].astype(np.int32)
-        mask = places[:, 1:] < len(self._data)
+        inside = places[:, 1:] < len(self._data)
         return {
-            "inputs": windows[:, :-1] * mask,
-            "mask": mask,
-            "targets": windows[:, 1:] * mask,
-            "weights": mask.astype(np.float32),
+            "inputs": windows[:, :-1] * inside,
+            "targets": windows[:, 1:] * inside,
+            "weights": inside.astype(np.float32),
             **self._segments(places[:, :-1]),
         }
 
@@ -71,12 +70,11 @@ class Streams(Windows):
         places = np.asarray(indices, np.int64)[:, None] + self._offsets
         rounds, places = np.divmod(places, len(self._data))
         windows = self._data[places].astype(np.int32)
-        mask = np.ones(windows[:, 1:].shape, bool)
         segments = self._segments(places[:, :-1])
         if segments:
             segments = {"segment_ids": segments["segment_ids"] + rounds[:, :-1].astype(np.int32) * (len(self._separators) + 1)}
         weights = (places[:, 1:] > 0).astype(np.float32)
-        return {"inputs": windows[:, :-1], "mask": mask, "targets": windows[:, 1:], "weights": weights, **segments}
+        return {"inputs": windows[:, :-1], "targets": windows[:, 1:], "weights": weights, **segments}
 
     def order(self, seed: int, batch_size: int) -> "StreamOrder":
         """Row r of step t starts at shift + floor(r T / B) + t context; the seed draws the shift."""

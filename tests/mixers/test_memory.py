@@ -60,7 +60,7 @@ def run(model, params, batches, memory=None):
     variables, logits = {} if memory is None else {MEMORY: memory}, []
     apply = jax.jit(lambda v, x, ctx: model.apply(v, x, ctx, mutable=[MEMORY]))
     for batch in batches:
-        ctx = Context(mask=batch["mask"], segment_ids=batch.get("segment_ids"))
+        ctx = Context(segment_ids=batch.get("segment_ids"))
         out, variables = apply({"params": params, **variables}, batch["inputs"], ctx)
         logits.append(out)
     return logits, variables[MEMORY]

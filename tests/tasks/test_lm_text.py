@@ -60,10 +60,9 @@ def test_train_has_the_window_at_every_offset(tmp_path, file):
         example = source[start]
         assert as_bytes(example["inputs"]) == text[start : start + 16]
         assert as_bytes(example["targets"]) == text[start + 1 : start + 17]
-        assert np.all(example["mask"]) and np.all(example["weights"] == 1)
+        assert np.all(example["weights"] == 1)
     assert {key: (value.shape, value.dtype.name) for key, value in example.items()} == {
         "inputs": ((16,), "int32"),
-        "mask": ((16,), "bool"),
         "targets": ((16,), "int32"),
         "weights": ((16,), "float32"),
     }
@@ -82,12 +81,11 @@ def test_num_examples_takes_equally_spaced_offsets(tmp_path, file):
 def test_evaluation_predicts_every_byte_but_the_first_once(tmp_path, file, split, context):
     task = prepared(tmp_path, file, context=context)
     batches = list(pipeline.eval_batches(task.source(split), batch_size=4))
-    real = np.concatenate([batch["weights"] for batch in batches]) > 0
-    inputs, targets, masks = (np.concatenate([batch[key] for batch in batches]) for key in ("inputs", "targets", "mask"))
+    inputs, targets, weights = (np.concatenate([batch[key] for batch in batches]) for key in ("inputs", "targets", "weights"))
+    real = weights > 0
     text = split_bytes(task)[split]
     assert as_bytes(targets[real]) == text[1:]
     assert as_bytes(inputs[real]) == text[:-1]
-    np.testing.assert_array_equal(masks, real)
     assert not np.any(inputs[~real]) and not np.any(targets[~real])
     assert len(task.source(split)) == task.sizes[split]
     assert dataclasses.replace(task, context=len(text) - 1).sizes[split] == 1

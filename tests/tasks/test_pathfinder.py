@@ -70,11 +70,9 @@ def test_examples_are_the_keyed_images(generated, as_tokens):
         for i in range(len(source)):
             image, label = snakes.generate_image(32, 6, np.random.default_rng([0, 32, 6, number, 0, i]))
             example = source[i]
-            assert set(example) == {"inputs", "mask", "targets", "weights"}
+            assert set(example) == {"inputs", "targets", "weights"}
             assert example["targets"] == label
             assert example["weights"] == 1
-            assert example["mask"].shape == (task.length,)
-            assert example["mask"].all()
             if as_tokens:
                 assert example["inputs"].dtype == np.int32
                 np.testing.assert_array_equal(example["inputs"], image.ravel().astype(int) + 1)

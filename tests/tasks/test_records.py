@@ -1,6 +1,7 @@
 """Shards and metadata: layout, resuming after every kind of interruption, two writers at once, and reading."""
 
 import concurrent.futures
+import errno
 import functools
 import os
 import pathlib
@@ -295,6 +296,18 @@ def test_a_damaged_record_is_one_clear_error(prepared, tmp_path):
     source = records.open_split(copy, "train")
     with pytest.raises(TaskError, match=r"cannot read record \d+ of .*, split train: .*Its files are damaged: remove them"):
         list(source)
+
+
+def test_what_the_system_refuses_is_not_called_damage(prepared, monkeypatch):
+    """Nobody is told to remove a sound data set for want of file descriptors."""
+
+    def refused(path):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(records, "_num_records", refused)
+    with pytest.raises(TaskError, match=r"Too many open files\. The files may be whole") as error:
+        records.open_split(prepared, "train")
+    assert "remove" not in str(error.value)
 
 
 METADATA = r".*/dataset_info.json or the features.json beside it: "
