@@ -3,6 +3,10 @@
 The forward pass of training keeps the state before each chunk, rounded to 16 bits; the backward pass reads it
 (`ssd_triton_kernels`). No two programs write to one place: what the heads of a group share (dB, dC) leaves as one part from each,
 and is summed by XLA.
+
+Where this differs from the XLA form: decays within a chunk are exp of differences of cumulative sums, so that one step whose
+log-decay is about -1e4 or below makes the later decays of its chunk wrong by 1e-3 or more; and in float16 a state beyond 65,504
+is infinite.
 """
 
 import functools

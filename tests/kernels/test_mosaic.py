@@ -16,9 +16,10 @@ import pytest
 
 from kernels import compat, devices
 from kernels.attention import Dropout, api, biases, explain, masks, mosaic, numerics, reference
-from kernels.attention.mosaic import operands, tiling
+from kernels.attention.mosaic import operands, program, tiling
 from kernels.attention.mosaic.api import MAX_BIASED
 from kernels.attention.numerics import Case
+from kernels.attention.portable import lists
 from kernels.devices import SHARED_BYTES
 from kernels.offline import expected
 from kernels.offline import mosaic as offline
@@ -222,3 +223,16 @@ def test_blocks_fit_in_shared_memory_with_what_comes_with_each_pair(device, bias
                 assert tiling._shared_bytes(name, fitted, size, call) <= SHARED_BYTES
     plain = Case(300, 300, 64, "causal").call()
     assert tiling._fitted("dkv", tiling.table(device)["dkv"][64], 64, plain) == tiling.table(device)["dkv"][64]
+
+
+def test_the_longest_lines_come_first():
+    """BigBird's global queries see every key; under a causal mask the last line is the longest, which needs no list."""
+    listed = {}
+    for mask in ("BigBird", "causal"):
+        call = Case(1024, 1024, 64, mask).call()
+        listed[mask] = lists.by_row(call, tiling.plan(call, interpret=True).dq, stored=tiling.is_stored(call.mask))
+    order = program.longest_first(listed["BigBird"])
+    visits = listed["BigBird"].visits[0]
+    assert sorted(order) == list(range(len(visits)))
+    assert (np.diff(visits[order]) <= 0).all() and visits[order[0]] > visits[order[-1]] and order[0] == 0
+    assert program.longest_first(listed["causal"]) is None
