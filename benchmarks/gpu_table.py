@@ -66,6 +66,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("file", type=pathlib.Path, help="what benchmarks.gpu_attention wrote")
     args = parser.parse_args()
+    if not args.file.is_file():
+        parser.error(f"{args.file} is not there; python -m benchmarks.gpu_attention writes it")
     found = json.loads(args.file.read_text())
     device, version = found["environment"]["device"], found["environment"]["jax"]
     title = f"{device}: {found['tokens']} tokens of width {found['width']}, bfloat16, jax {version}"
