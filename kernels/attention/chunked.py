@@ -16,7 +16,8 @@ the key blocks that its queries see, and takes them `width` at a time: neighbour
 gathered. Tiles that the mask rules out are never visited, and tiles that it allows whole are not tested. Outermost is a loop over
 heads and batch rows; where heads have masks of their own, each head goes by its own lists.
 
-Inside a tile, arrays are [B, H, L, D]. The products that sum over queries are written as [D, q] by [q, k], which gives dk and dv
+Arrays stay as they were given, [B, L, H, D], and only a tile of them is ever turned round: inside a tile they are [B, H, L, D].
+The products that sum over queries are written as [D, q] by [q, k], which gives dk and dv
 transposed: on CPU the product that would give them directly takes twice the time.
 """
 
@@ -77,17 +78,12 @@ def visits(call: Call) -> Int[Array, "groups rows"]:
 
 
 def _pad(call: Call, tiling: Tiling) -> Call:
-    """The call with [B, H, L, D] queries, [B, G, S, D] keys and values, and every length as `Tiling.padded`.
+    """The call with every length as `Tiling.padded`."""
 
-    The scale goes to the queries where that rounds nothing away: multiplying every score would be one more pass over them.
-    """
-    is_exact = call.q.dtype == statistics_dtype(call.q.dtype) or math.frexp(call.scale)[0] == 0.5
-    q_scale = call.scale if is_exact else 1.0
-
-    def pad(x, name: str, axis: int = 1):
-        if x is None or x.shape[axis] == tiling.padded[name]:
+    def pad(x, name: str):
+        if x is None or x.shape[1] == tiling.padded[name]:
             return x
-        whole = jnp.zeros([tiling.padded[name] if i == axis else n for i, n in enumerate(x.shape)], x.dtype)
+        whole = jnp.zeros((x.shape[0], tiling.padded[name], *x.shape[2:]), x.dtype)
         return lax.dynamic_update_slice(whole, x, [0] * x.ndim)
 
     q_positions, kv_positions = call.q_positions, call.kv_positions
@@ -97,31 +93,27 @@ def _pad(call: Call, tiling: Tiling) -> Call:
         kv_positions = defaults[1] if kv_positions is None else kv_positions
     return dataclasses.replace(
         call,
-        q=pad(jnp.swapaxes(q_scale * call.q, 1, 2), "L", axis=2),
-        k=pad(jnp.swapaxes(call.k, 1, 2), "S", axis=2),
-        v=pad(jnp.swapaxes(call.v, 1, 2), "S", axis=2),
+        q=pad(call.q, "L"),
+        k=pad(call.k, "S"),
+        v=pad(call.v, "S"),
         bias=biases.pad(call.bias, tiling.padded),
         q_segments=pad(call.q_segments, "L"),
         kv_segments=pad(call.kv_segments, "S"),
         q_positions=pad(q_positions, "L"),
         kv_positions=pad(kv_positions, "S"),
-        scale=1.0 if is_exact else call.scale,
     )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(tiling: Tiling, call: Call) -> tuple[Float[Array, "B L H Dv"], Float[Array, "B L H"]]:
     def group(group, totals):
-        keys, values = Group(tiling, call, group).keys_and_values()
-
         def row(row, totals):
             row = Row(tiling, call, group, row)
-            parts = _forward_row(row, keys, values)
-            return tuple(row.put(total, "BLH", jnp.swapaxes(part, 1, 2)) for total, part in zip(totals, parts))
+            return tuple(row.put(total, "BLHD", part) for total, part in zip(totals, _forward_row(row)))
 
         return lax.fori_loop(0, tiling.rows, row, totals)
 
-    B, H, L, _ = call.q.shape
+    B, L, H, _ = call.q.shape
     out = jnp.zeros((B, L, H, call.v.shape[3]), call.q.dtype)
     return lax.fori_loop(0, tiling.groups, group, (out, jnp.zeros((B, L, H), statistics_dtype(call.q.dtype))))
 
@@ -137,20 +129,18 @@ def _attend_backward(tiling: Tiling, residuals, cotangents) -> tuple[Call]:
     dtype = lse.dtype
     delta = (dout.astype(dtype) * out.astype(dtype)).sum(axis=-1) - dlse
     lse = jnp.where(lse == -jnp.inf, 0, lse)
-    dout, lse, delta = (jnp.swapaxes(x, 1, 2) for x in (dout, lse, delta))
 
     def group(group, totals):
         dq, dk, dv, dbias = totals
         group = Group(tiling, call, group)
-        keys, values = group.keys_and_values()
 
         def row(row, totals):
             row = Row(tiling, call, group.group, row)
             dq, *of_group = totals
-            dq_row, *of_group = _backward_row(row, keys, values, lse, dout, delta, *of_group)
-            return row.put(dq, "BHL", dq_row), *of_group
+            dq_row, *of_group = _backward_row(row, lse, dout, delta, *of_group)
+            return row.put(dq, "BLHD", dq_row), *of_group
 
-        start = (jnp.zeros_like(jnp.swapaxes(x, 2, 3), dtype) for x in (keys, values))
+        start = (jnp.zeros((tiling.b_tile, tiling.g_tile, x.shape[3], x.shape[1]), dtype) for x in (call.k, call.v))
         dq, dk_group, dv_group, dbias = lax.fori_loop(0, tiling.rows, row, (dq, *start, dbias))
         return dq, group.add(dk, dk_group), group.add(dv, dv_group), dbias
 
@@ -179,28 +169,19 @@ class Group:
         b, h = self.group // groups_of_heads * t.b_tile, self.group % groups_of_heads * t.h_tile
         return {"B": (b, t.b_tile), "H": (h, t.h_tile), "G": (h // (t.H // t.G), t.g_tile)}
 
-    def cut(self, x, axes: str):
-        """The part of an array whose axes run along these letters, and further ones to keep whole."""
-        starts, sizes = self._bounds(x, axes)
-        return lax.dynamic_slice(x, starts, sizes)
+    def cut(self, x, axes: str, **more: tuple[Any, int]):
+        """The part of an array whose axes run along these letters, as [b, h, n, ...] where these are three or more."""
+        part = lax.dynamic_slice(x, *biases.bounds(x, tuple(axes[: x.ndim]), {**self.windows, **more}))
+        return jnp.swapaxes(part, 1, 2) if x.ndim > 2 else part
 
     def put(self, total, axes: str, part):
         """`total` with `part` in the place that `cut` takes it from."""
-        return lax.dynamic_update_slice(total, part.astype(total.dtype), self._bounds(total, axes)[0])
+        part = jnp.swapaxes(part, 1, 2).astype(total.dtype)
+        return lax.dynamic_update_slice(total, part, biases.bounds(total, tuple(axes[: total.ndim]), self.windows)[0])
 
-    def _bounds(self, x, axes: str) -> tuple[list, list[int]]:
-        windows = self.windows
-        is_cut = [i < len(axes) and axes[i] in windows and size > 1 for i, size in enumerate(x.shape)]
-        starts = [jnp.int32(windows[axes[i]][0] if is_cut[i] else 0) for i in range(x.ndim)]
-        return starts, [windows[axes[i]][1] if is_cut[i] else size for i, size in enumerate(x.shape)]
-
-    def keys_and_values(self) -> tuple[Float[Array, "b g S D"], Float[Array, "b g S Dv"]]:
-        """Of the group."""
-        return self.cut(self.call.k, "BG"), self.cut(self.call.v, "BG")
-
-    def add(self, total: Float[Array, "B G S D"], part: Float[Array, "b g D S"]) -> Float[Array, "B G S D"]:
+    def add(self, total: Float[Array, "B S G D"], part: Float[Array, "b g D S"]) -> Float[Array, "B S G D"]:
         """`total` with the group's gradient of keys or values added."""
-        return self.put(total, "BG", self.cut(total, "BG") + jnp.swapaxes(part, 2, 3))
+        return self.put(total, "BSGD", self.cut(total, "BSGD") + jnp.swapaxes(part, 2, 3))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,9 +195,9 @@ class Row(Group):
         """Where the row lies along batch rows, heads and queries."""
         return {**super().windows, "L": (self.row * self.tiling.q_tile, self.tiling.q_tile)}
 
-    def queries(self, x: Float[Array, "B H L D"]) -> Float[Array, "b g n D"]:
+    def queries(self, x: Float[Array, "B L H D"]) -> Float[Array, "b g n D"]:
         """The row's queries, or what else has that shape, by key/value head."""
-        return self.by_kv_head(self.cut(x, "BHL"))
+        return self.by_kv_head(self.cut(x, "BLHD"))
 
     def index(self, name: str) -> Int[Array, "n"]:
         """The indices of the row along "B", "H" or "L"."""
@@ -240,23 +221,21 @@ class Row(Group):
         counts = jnp.repeat(blocks >= 0, size) if self.tiling.gathered else index >= blocks[0] * size
         return (index < self.tiling.S) & counts
 
-    def take(self, x: Float[Array, "b g S D"], blocks) -> Float[Array, "b g k D"]:
-        """These blocks of keys, one after the other."""
-        return self._take(x, blocks, axis=2)
+    def spans(self, blocks) -> list[tuple[Any, int]]:
+        """(first key, how many) of each stretch of neighbouring keys that a visit of these blocks takes."""
+        t = self.tiling
+        if t.gathered:
+            starts = jnp.where(blocks < 0, ~blocks, blocks) * t.kv_block
+            return [(starts[i], t.kv_block) for i in range(t.width)]
+        return [(self.start(blocks), t.width * t.kv_block)]
 
-    def _take(self, x, blocks, axis: int):
-        if self.tiling.gathered:
-            return jnp.take(x, self.kv_index(blocks), axis, mode="clip")
-        return lax.dynamic_slice_in_dim(x, self.start(blocks), self.tiling.width * self.tiling.kv_block, axis)
+    def take(self, x, blocks):
+        """These blocks of keys, one after the other: of [B, S, G, D] as [b, g, k, D], of [B, S] as [b, k]."""
+        return jnp.concatenate([self.cut(x, "BSGD", S=span) for span in self.spans(blocks)], axis=min(2, x.ndim - 1))
 
     def add_blocks(self, total: Float[Array, "b g D S"], blocks, part: Float[Array, "b g D k"]) -> Float[Array, "b g D S"]:
         """`total` with `part` added to these blocks of keys."""
-        if self.tiling.gathered:
-            size = self.tiling.kv_block
-            starts = list(jnp.where(blocks < 0, ~blocks, blocks) * size)
-        else:
-            size, starts = part.shape[3], [self.start(blocks)]
-        for i, start in enumerate(starts):
+        for i, (start, size) in enumerate(self.spans(blocks)):
             new = lax.dynamic_slice_in_dim(total, start, size, 3) + part[..., i * size : (i + 1) * size]
             total = lax.dynamic_update_slice_in_dim(total, new, start, 3)
         return total
@@ -265,7 +244,7 @@ class Row(Group):
         """Where a tile lies in the bias; keys that are no neighbours do not go with a bias that has an axis of keys."""
         if self.tiling.gathered:
             return self.windows
-        return {**self.windows, "S": (self.start(blocks), self.tiling.width * self.tiling.kv_block)}
+        return {**self.windows, "S": self.spans(blocks)[0]}
 
     def visit(self, visit, carry):
         """`carry = visit(carry, blocks, tested)` over the tiles of the row, `width` blocks of keys at a time."""
@@ -305,7 +284,7 @@ class Row(Group):
         call, t = self.call, self.tiling
         if call.q_positions is None:
             return (self.index("L") + (t.S - t.L))[None], self.kv_index(blocks)[None]
-        return self.cut(call.q_positions, "BL"), self._take(self.cut(call.kv_positions, "BS"), blocks, axis=1)
+        return self.cut(call.q_positions, "BL"), self.take(call.kv_positions, blocks)
 
     def _allowed(self, blocks, q_pos, kv_pos):
         call, t = self.call, self.tiling
@@ -314,7 +293,7 @@ class Row(Group):
             allowed = allowed & self.is_key(blocks)[None, None, None, :]
         if call.q_segments is not None:
             q_segments = self.cut(call.q_segments, "BL")
-            kv_segments = self._take(self.cut(call.kv_segments, "BS"), blocks, axis=1)
+            kv_segments = self.take(call.kv_segments, blocks)
             allowed = allowed & (q_segments[:, None, :, None] == kv_segments[:, None, None, :])
         return allowed
 
@@ -329,10 +308,20 @@ class Row(Group):
         rules = [functools.partial(lambda mask: jnp.broadcast_to(mask.allowed(q_pos, kv_pos), shape), mask) for mask in number]
         return lax.switch(which, rules)
 
+    @property
+    def scales(self) -> tuple[float, float]:
+        """What to multiply queries by, and what scores.
+
+        It is the queries where that rounds nothing away: multiplying every score would be one more pass over them.
+        """
+        dtype, scale = self.call.q.dtype, self.call.scale
+        is_exact = dtype == statistics_dtype(dtype) or math.frexp(scale)[0] == 0.5
+        return (scale, 1.0) if is_exact else (1.0, scale)
+
     def products(self, q: Float[Array, "b g n D"], k: Float[Array, "b g k D"]) -> Float[Array, "b h q k"]:
-        """scale q k^T, by query head."""
+        """scale q k^T, by query head, of queries multiplied by their part of the scale."""
         products = jnp.einsum("bgnd,bgkd->bgnk", q, k, preferred_element_type=statistics_dtype(q.dtype))
-        return self.call.scale * self.by_head(products)
+        return self.scales[1] * self.by_head(products)
 
     def by_head(self, x):
         """[b, g, r q, ...] to [b, h, q, ...], r being the query heads of one key/value head."""
@@ -349,13 +338,13 @@ class Row(Group):
         return self.call.dropout.scale(self.index("B"), self.index("H"), self.index("L"), self.kv_index(blocks))
 
 
-def _forward_row(row: Row, keys, values) -> tuple[Float[Array, "b h q Dv"], Float[Array, "b h q"]]:
-    call, q = row.call, row.queries(row.call.q)
+def _forward_row(row: Row) -> tuple[Float[Array, "b h q Dv"], Float[Array, "b h q"]]:
+    call, q = row.call, row.scales[0] * row.queries(row.call.q)
     dtype = statistics_dtype(q.dtype)
 
     def visit(carry, blocks, tested):
         m, l, acc = carry
-        k, v = row.take(keys, blocks), row.take(values, blocks)
+        k, v = row.take(call.k, blocks), row.take(call.v, blocks)
         s = row.scores(blocks, tested)(row.products(q, k), biases.cut(call.bias, row.bias_windows(blocks)))
         m_new = jnp.maximum(m, s.max(axis=-1))
         shift = jnp.where(m_new == -jnp.inf, 0, m_new)
@@ -373,28 +362,28 @@ def _forward_row(row: Row, keys, values) -> tuple[Float[Array, "b h q Dv"], Floa
     return acc / l_or_one[..., None], jnp.where(l == 0, -jnp.inf, m + jnp.log(l_or_one))
 
 
-def _backward_row(row: Row, keys, values, lse, dout, delta, *totals):
+def _backward_row(row: Row, lse, dout, delta, *totals):
     """The row's dq [b, h, q, D], and `totals` (dk, dv of the group, transposed, and dbias) with the row's part added."""
-    call = row.call
-    q, do = row.queries(call.q), row.queries(dout)
+    call, (q_scale, scores_scale) = row.call, row.scales
+    q, do = q_scale * row.queries(call.q), row.queries(dout)
     q_t, do_t = jnp.swapaxes(q, 2, 3), jnp.swapaxes(do, 2, 3)
-    lse, delta = (row.cut(x, "BHL")[..., None] for x in (lse, delta))
+    lse, delta = (row.cut(x, "BLH")[..., None] for x in (lse, delta))
     product = functools.partial(jnp.einsum, preferred_element_type=lse.dtype)
 
     def visit(carry, blocks, tested):
         dq, dk, dv, dbias = carry
-        k, v = row.take(keys, blocks), row.take(values, blocks)
+        k, v = row.take(call.k, blocks), row.take(call.v, blocks)
         windows = row.bias_windows(blocks)
         s, pullback = jax.vjp(row.scores(blocks, tested), row.products(q, k), biases.cut(call.bias, windows))
         p = jnp.exp(s - lse)
         keep = row.dropout(blocks)
         dp = row.by_head(product("bgnd,bgkd->bgnk", do, v)) * keep
         ds, dbias_tile = pullback(p * (dp - delta))
-        ds = row.by_kv_head(call.scale * ds).astype(q.dtype)
+        ds = row.by_kv_head(scores_scale * ds).astype(q.dtype)
         p = row.by_kv_head(p * keep).astype(do.dtype)
         dk = row.add_blocks(dk, blocks, product("bgdn,bgnk->bgdk", q_t, ds))
         dv = row.add_blocks(dv, blocks, product("bgdn,bgnk->bgdk", do_t, p))
         return dq + product("bgnk,bgkd->bgnd", ds, k), dk, dv, biases.add_to(dbias, dbias_tile, windows)
 
     dq, *totals = row.visit(visit, (jnp.zeros(q.shape, lse.dtype), *totals))
-    return row.by_head(dq), *totals
+    return q_scale * row.by_head(dq), *totals

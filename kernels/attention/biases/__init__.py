@@ -4,7 +4,7 @@ A bias is a pytree whose leaves are its arrays; `base` says what every implement
 or a subclass of `Bias` with `axes` and `score`.
 """
 
-from kernels.attention.biases.base import At, Axes, Bias, Chain, Dense, Function, Windows, add_to, chain, cut, pad
+from kernels.attention.biases.base import At, Axes, Bias, Chain, Dense, Function, Windows, add_to, bounds, chain, cut, pad
 from kernels.attention.biases.distance import ALiBi, DistanceAware, KerpleLog, KerplePower, Sandwich, alibi_slopes
 from kernels.attention.biases.labels import Bucketed, Clipped, Labels, T5Buckets
 
@@ -27,6 +27,7 @@ __all__ = [
     "Windows",
     "add_to",
     "alibi_slopes",
+    "bounds",
     "chain",
     "cut",
     "pad",

@@ -159,7 +159,7 @@ Windows = dict[str, tuple[Any, int]]
 
 def cut(bias: Bias | None, windows: Windows) -> Bias | None:
     """The bias with its leaves cut to a tile."""
-    return _map_leaves(bias, bias, lambda leaf, at: jax.lax.dynamic_slice(leaf, *_bounds(leaf, at, windows)))
+    return _map_leaves(bias, bias, lambda leaf, at: jax.lax.dynamic_slice(leaf, *bounds(leaf, at, windows)))
 
 
 def add_to(total: Bias | None, part: Bias | None, windows: Windows) -> Bias | None:
@@ -167,7 +167,7 @@ def add_to(total: Bias | None, part: Bias | None, windows: Windows) -> Bias | No
     parts = iter(jax.tree.leaves(part))
 
     def add(leaf, at):
-        starts, sizes = _bounds(leaf, at, windows)
+        starts, sizes = bounds(leaf, at, windows)
         old = jax.lax.dynamic_slice(leaf, starts, sizes)
         return jax.lax.dynamic_update_slice(leaf, old + next(parts).astype(leaf.dtype), starts)
 
@@ -190,7 +190,8 @@ def _map_leaves(bias, rule, fn):
     return jax.tree.unflatten(structure, [fn(leaf, at) for leaf, at in zip(leaves, axes, strict=True)])
 
 
-def _bounds(leaf, at: Axes, windows: Windows) -> tuple[list, list[int]]:
+def bounds(leaf, at: Axes, windows: Windows) -> tuple[list, list[int]]:
+    """Starts and sizes of the part of an array that lies in the windows; an axis of size 1 is never cut."""
     is_cut = [name in windows and size > 1 for name, size in zip(at, leaf.shape)]
     starts = [jnp.asarray(windows[name][0] if cut_ else 0, jnp.int32) for name, cut_ in zip(at, is_cut)]
     sizes = [windows[name][1] if cut_ else size for name, cut_, size in zip(at, is_cut, leaf.shape)]
