@@ -58,6 +58,8 @@ def kernels() -> Iterator[Kernel]:
         yield from (Kernel(name, dtype, states, "all", "triton") for states in triton.table(FALLBACK))
     for name, states in itertools.product(("ssd inference", "ssd forward", "ssd backward"), ssd_triton.SIZES):
         yield Kernel(name, "bfloat16", states, "all", "triton")
+    for name in ("ssd inference", "ssd forward", "ssd backward"):
+        yield Kernel(name, "float16", ssd_triton.SIZES[-1], "all", "triton")
     for dtype in ("float32", "complex64"):
         yield from (Kernel(name, dtype, 1, "bare") for name in ("linear", "linear, time-invariant"))
 

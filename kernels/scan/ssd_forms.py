@@ -21,7 +21,8 @@ Q = 64  # steps in a chunk
 SCORES = {"cpu": 2**19}
 """Scores of a stretch, by platform: 2 MiB of each array; measured with `benchmarks.scan_cost` up to 64K steps."""
 SCORES_ELSEWHERE = 2**26  # to fill a device; not measured on any
-NOTHING = -1e30  # a log-decay that lets nothing through, of which many may be added
+NOTHING = -1e30
+"""A log-decay that lets nothing through, of which many may be added; lower ones, -inf among them, are taken for it."""
 
 X = Float[Array, "B L G R P"]
 LogDecay = Float[Array, "B L G R"] | None
@@ -118,6 +119,7 @@ def _decays(log_decay: Float[Array, "*batch Q"]) -> Float[Array, "*batch Q Q1"]:
     steps = log_decay.shape[-1]
     i, k, j = jnp.arange(steps)[:, None], jnp.arange(steps), jnp.arange(steps + 1)[None, :]
     ones = (k[:, None] >= j).astype(log_decay.dtype)
+    log_decay = jnp.where(log_decay < NOTHING, NOTHING, log_decay)
     sums = _einsum("...ik,kj->...ij", jnp.where(k[None, :] <= i, log_decay[..., None, :], 0), ones)
     return jnp.where(j <= i + 1, jnp.exp(sums), 0)
 

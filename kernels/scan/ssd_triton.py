@@ -1,12 +1,8 @@
 """Launches the Triton kernels of the state-space dual form through jax-triton, on an NVIDIA GPU; nothing else here needs them.
 
-The forward pass of training keeps the state before each chunk, rounded to 16 bits; the backward pass reads it
+The forward pass of training keeps the state before each chunk, rounded to bfloat16; the backward pass reads it
 (`ssd_triton_kernels`). No two programs write to one place: what the heads of a group share (dB, dC) leaves as one part from each,
 and is summed by XLA.
-
-Where this differs from the XLA form: decays within a chunk are exp of differences of cumulative sums, so that one step whose
-log-decay is about -1e4 or below makes the later decays of its chunk wrong by 1e-3 or more; and in float16 a state beyond 65,504
-is infinite.
 """
 
 import functools
@@ -14,6 +10,7 @@ import importlib.util
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kernels import compat
@@ -31,10 +28,11 @@ class Blocks(NamedTuple):
     stages: int
 
 
-def blocks_of(head_dim: int, states: int, *, training: bool) -> Blocks:
+def blocks_of(head_dim: int, states: int, dtype, *, training: bool) -> Blocks:
     """To start from on an H200: checked by `kernels.offline` to spill nothing, not measured. `training`: of both passes."""
     if training:
-        return Blocks(32, min(head_dim, 64 if states >= 64 else 32), 8, 2)
+        steps = 16 if dtype == jnp.float16 and states == 128 else 32
+        return Blocks(steps, min(head_dim, 64 if states >= 64 else 32), 8, 2)
     channels = min(head_dim, 64)
     return Blocks(64 if states < 128 else 32, channels, 8 if channels * states >= 2048 else 4, 2)
 
@@ -116,13 +114,22 @@ def grid_of(constants: dict[str, Any], batch: int) -> tuple[int, int, int]:
     return constants["P"] // constants["BP"], constants["H"], batch
 
 
+def kept_type(dtype) -> jnp.dtype:
+    """Of the states before chunks: x's, but bfloat16 for float16, which ends at 65,504.
+
+    They are most of what training moves, and float32 would double them. They reach the gradients of C and the log-decays alone,
+    which are then as exact as those of bfloat16 inputs.
+    """
+    return jnp.dtype(jnp.bfloat16 if dtype == jnp.float16 else dtype)
+
+
 def forward_arguments(x, dt, log_decay, B, C, D, h0, *, kept: bool) -> tuple[list, list, dict[str, Any], Blocks]:
     """The kernel's arrays, the shapes of its outputs, its constants, and the blocks; x in place of what the call lacks."""
     blocks, constants = _cut(x, log_decay, B, D, training=kept)
     arrays = [x, dt, x if log_decay is None else log_decay, B, C, x if D is None else D, h0]
     chunks = -(-x.shape[1] // blocks.Q)
     shape = (len(x), chunks, *h0.shape[1:]) if kept else (1,)
-    outputs = [_like(x), _like(h0), jax.ShapeDtypeStruct(shape, x.dtype)]
+    outputs = [_like(x), _like(h0), jax.ShapeDtypeStruct(shape, kept_type(x.dtype))]
     return arrays, outputs, constants | {"KEPT": kept}, blocks
 
 
@@ -144,7 +151,7 @@ ARGUMENTS = {"forward": forward_arguments, "backward": backward_arguments}
 
 def _cut(x, log_decay, B, D, *, training: bool) -> tuple[Blocks, dict[str, Any]]:
     (_, L, G, R, P), N = x.shape, B.shape[3]
-    blocks = blocks_of(P, N, training=training)
+    blocks = blocks_of(P, N, x.dtype, training=training)
     sizes = {"L": L, "H": G * R, "G": G, "P": P, "N": N, "Q": blocks.Q, "BP": blocks.channels}
     return blocks, sizes | {"DECAYS": log_decay is not None, "SKIP": D is not None}
 

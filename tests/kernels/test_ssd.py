@@ -141,6 +141,30 @@ def test_float32_error_is_at_most_twice_the_recurrences():
     assert all(ours[key] <= 2 * plain[key] + 1e-6 for key in exact), (ours, plain)
 
 
+@pytest.mark.parametrize("form", [ssd_forms.recurrence, ssd_forms.dual])
+def test_one_strong_decay_leaves_the_mild_ones_around_it_exact(form):
+    """In float32 against float64, each strength in a head of its own; what strong steps let through is 0, and its gradient."""
+    rng = np.random.default_rng(0)
+    strong = np.float32([-1e4, -1e6, -1e30, -np.inf])
+    x, B, C, h0 = (
+        rng.normal(size=shape).astype(np.float32) for shape in ((1, 20, 1, 4, 3), (1, 20, 1, 5), (1, 20, 1, 5), (1, 1, 4, 3, 5))
+    )
+    log_decay = -0.1 * rng.random((1, 20, 1, 4), np.float32)
+    log_decay[:, 9] = strong
+
+    def results(dtype):
+        values = [jnp.asarray(v, dtype) for v in (x, log_decay, B, C, h0)]
+        outputs, pullback = jax.vjp(jax.jit(form), *values)
+        return [np.asarray(v) for v in (*outputs, *pullback(jax.tree.map(jnp.ones_like, outputs)))]
+
+    with jax.enable_x64(True):
+        exact = results(jnp.float64)
+    found = results(jnp.float32)
+    for ours, truth in zip(found, exact):
+        np.testing.assert_allclose(ours, truth, rtol=0, atol=1e-6 * abs(truth).max())
+    assert not found[3][:, 9].any()
+
+
 @pytest.mark.parametrize("name", ANYWHERE)
 def test_step_sizes_over_twelve_orders_of_magnitude_stay_finite(name):
     values = {key: v.astype(np.float32) for key, v in arrays(80).items() if key != "dt_bias"}
