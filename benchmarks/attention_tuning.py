@@ -36,14 +36,14 @@ def candidates() -> Iterator[mosaic.Kernel]:
     """The table's neighbours: 64 rows to a consumer, as wgmma has them, and what may fit in shared memory."""
     for name, size in itertools.product(mosaic.PASSES, HEAD_SIZES):
         mask = "table" if name == "table" else "causal"
-        for blocks in _neighbours(name, size) if mask in mosaic.masks_of(name, size) else ():
+        for blocks in _neighbours(name, size):
             if _least_shared_bytes(blocks, size) <= SHARED_BYTES:
                 yield mosaic.Kernel(name, "bfloat16", size, blocks, mask)
 
 
 def _neighbours(name: str, size: int) -> Iterator[Blocks]:
     if name == "table":  # a tile for each program, so that no two write to one place
-        yield from (Blocks(64, 64, 1, stages) for stages in (1, 2, 3))
+        yield from (Blocks(64, 32 if size == 256 else 64, 1, stages) for stages in (1, 2, 3))
         return
     visited = (32, 64) if size == 256 else (64, 128, 256)
     consumed = (1, 2, 3) if name == "forward" and size == 64 else (1, 2)

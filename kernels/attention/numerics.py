@@ -110,9 +110,8 @@ def table() -> Iterator[Case]:
         yield Case(1000, 1000, D, mask, documents=3)
         yield Case(500, 500, D, mask, positions=True)
         yield Case(4096, 4096, D, mask, B=2, H=4)
-        if D <= 128:
-            yield Case(500, 500, D, mask, H=4, G=1, softcap=15.0)
-            yield from (Case(500, 430, D, mask, B=2, H=4, G=2, bias=bias) for bias in BIASES)
+        yield Case(500, 500, D, mask, H=4, G=1, softcap=15.0)
+        yield from (Case(500, 430, D, mask, B=2, H=4, G=2, bias=bias) for bias in BIASES)
     for D, mask in itertools.product((64, 128, 256), ("BigBird", "negated")):
         yield Case(1000, 1000, D, mask, H=4, G=2 if mask == "BigBird" else 4)
     yield from (Case(1000, 1000, D, "by head", B=2) for D in (64, 128, 256))

@@ -23,7 +23,6 @@ from kernels.attention.adjoint import Rows
 from kernels.attention.call import Call
 from kernels.attention.mosaic import backward, forward
 from kernels.attention.mosaic import table as table_pass
-from kernels.attention.mosaic.api import MAX_BIASED
 from kernels.attention.mosaic.tiling import Blocks, Plan, plan, table
 from kernels.devices import SHARED_BYTES
 from kernels.offline.compiler import h200, link_cuda
@@ -43,6 +42,17 @@ class Pattern(NamedTuple):
     length: int = LENGTH
 
 
+BIGBIRD = masks.random_blocks(64, 64, 3, seed=0) | masks.Window(96) | masks.Global(tuple(range(64)))
+
+
+def _alibi(array: Callable, H: int, L: int) -> biases.Bias:
+    return biases.ALiBi(array(H))
+
+
+def _table(array: Callable, H: int, L: int) -> biases.Bias:
+    return biases.Dense(array(1, H, L, L))
+
+
 MASKS = {
     "full": Pattern(masks.Full()),
     "ragged": Pattern(masks.Full(), length=LENGTH - 100),
@@ -50,14 +60,16 @@ MASKS = {
     "window": Pattern(masks.Causal() & masks.Window(1024)),
     "documents": Pattern(masks.Causal(), documents=True),
     "soft-cap": Pattern(masks.Causal(), softcap=30.0),
-    "BigBird": Pattern(masks.random_blocks(64, 64, 3, seed=0) | masks.Window(96) | masks.Global(tuple(range(64)))),
+    "BigBird": Pattern(BIGBIRD),
     "positions": Pattern(masks.Causal(), positions=True),
-    "ALiBi": Pattern(masks.Causal(), bias=lambda array, H, L: biases.ALiBi(array(H))),
-    "table": Pattern(masks.Causal(), bias=lambda array, H, L: biases.Dense(array(1, H, L, L))),
+    "ALiBi": Pattern(masks.Causal(), bias=_alibi),
+    "table": Pattern(masks.Causal(), bias=_table),
     "T5": Pattern(masks.Full(), bias=lambda array, H, L: biases.Bucketed(array(H, 32))),
+    "all with ALiBi": Pattern(masks.Causal() & masks.Window(1024), documents=True, softcap=50.0, bias=_alibi, positions=True),
+    "all with a table": Pattern(BIGBIRD, documents=True, softcap=50.0, bias=_table),
 }
 
-WITH_NUMBERS = ("table", "T5")
+WITH_NUMBERS = ("table", "T5", "all with a table")
 """Of these, those whose bias reaches kernels as numbers, as the pass for their gradient has them."""
 
 PASSES: dict[str, Callable[[Plan, Call, Rows], Any]] = {
@@ -83,36 +95,37 @@ def kernels() -> Iterator[Kernel]:
     """Every pass with every entry of its block table, on every pattern; in float16 on one."""
     for name, entries in table().items():
         for head_size, blocks in entries.items():
-            yield from (Kernel(name, "bfloat16", head_size, blocks, mask) for mask in masks_of(name, head_size))
+            yield from (Kernel(name, "bfloat16", head_size, blocks, mask) for mask in masks_of(name))
             if name != "table":
                 yield Kernel(name, "float16", head_size, blocks, "causal")
 
 
-def masks_of(name: str, head_size: int) -> list[str]:
-    """The patterns that a pass has at a head size."""
-    if name == "table":
-        return list(WITH_NUMBERS) if head_size <= MAX_BIASED else []
-    return [mask for mask, p in MASKS.items() if head_size <= MAX_BIASED or (p.bias, p.softcap) == (None, None)]
+def masks_of(name: str) -> list[str]:
+    """The patterns that a pass has."""
+    return list(WITH_NUMBERS if name == "table" else MASKS)
 
 
 def lower(kernel: Kernel, length: int | None = None, sharding: Any = None) -> jax.stages.Lowered:
     """The program that runs `kernel` alone, lowered for CUDA: for the device of `sharding`, or for an H200 nowhere."""
-    dtype, size = jnp.dtype(kernel.dtype), kernel.head_size
 
     def array(shape, dtype):
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=sharding)
 
-    pattern = MASKS[kernel.mask]
-    length = length or pattern.length
-    q, kv = (array((1, length, heads, size), dtype) for heads in (HEADS, KV_HEADS))
-    row, integers = array((1, HEADS, length), jnp.float32), array((1, length), jnp.int32)
+    call = call_for(kernel, length or MASKS[kernel.mask].length, array)
+    row = array((1, HEADS, call.q.shape[1]), jnp.float32)
+    run = functools.partial(PASSES[kernel.name], plan(call, interpret=False, blocks=dict.fromkeys(PASSES, kernel.blocks)))
+    traced = jax.jit(run).trace(call, Rows(call.q, row, row))
+    return traced.lower() if sharding is not None else traced.lower(lowering_platforms=("cuda",))
+
+
+def call_for(kernel: Kernel, length: int, array: Callable[[tuple[int, ...], Any], Any]) -> Call:
+    """The call that `kernel` is a pass of, of what `array` makes of shapes and types."""
+    pattern, integers = MASKS[kernel.mask], array((1, length), jnp.int32)
+    q, kv = (array((1, length, heads, kernel.head_size), kernel.dtype) for heads in (HEADS, KV_HEADS))
     given = {"q_segments": integers, "kv_segments": integers} if pattern.documents else {}
     given |= {"q_positions": integers, "kv_positions": integers} if pattern.positions else {}
     given |= {"bias": pattern.bias(lambda *shape: array(shape, jnp.float32), HEADS, length)} if pattern.bias else {}
-    call = dataclasses.replace(call_of(q, kv, kv, kernel.mask), **given)
-    run = functools.partial(PASSES[kernel.name], plan(call, interpret=False, blocks=dict.fromkeys(PASSES, kernel.blocks)))
-    traced = jax.jit(run).trace(call, Rows(q, row, row))
-    return traced.lower() if sharding is not None else traced.lower(lowering_platforms=("cuda",))
+    return dataclasses.replace(call_of(q, kv, kv, kernel.mask), **given)
 
 
 def call_of(q, k, v, mask: str) -> Call:

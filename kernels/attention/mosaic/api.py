@@ -12,10 +12,6 @@ from kernels.attention.mosaic.tiling import EVALUATED, HEAD_SIZES, Blocks, is_st
 
 DTYPES = ("bfloat16", "float16")
 
-MAX_BIASED = 128
-"""The largest head size with biases and soft-caps: at 256 what a bias adds makes dk spill 60 bytes a thread and dq 8, ALiBi's
-slopes 44, a soft-cap 8."""
-
 
 def why_not(spec: Spec) -> str | None:
     """The reason the kernels cannot run this call."""
@@ -34,9 +30,6 @@ def why_not(spec: Spec) -> str | None:
         ),
         f"the bias {spec.bias} must be evaluated before positions are known": (
             spec.traced_positions and spec.bias_by_distance and spec.bias not in EVALUATED
-        ),
-        f"it has biases and soft-caps up to head size {MAX_BIASED}, not {spec.head_dim}, where their gradients spill registers": (
-            (spec.bias is not None or spec.softcap) and spec.head_dim > MAX_BIASED
         ),
         "it has no dropout": spec.dropout,
     }

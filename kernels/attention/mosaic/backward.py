@@ -29,6 +29,7 @@ from kernels.attention.mosaic.program import (
     matrix,
     of_pairs,
     own_line,
+    own_operands,
     pair_buffers,
     run_roles,
     store,
@@ -122,9 +123,10 @@ def _dkv_kernel(tiling: Tiling, operands, outputs, scratch):
         def visit(head, n, row, pattern, tested, carry):
             [slot] = ring.slot(n, stages)
             refs, pairs = apart(call, tiling, slot.wait(), pattern, owner)
+            operands = own_operands(call, keys[0][:2], owner, row)
             of_tile = integers, [gpu.load(ref, 1) for ref in refs[4:]]
             tile = Tile(gpu, tiling, call, head, row * tiling.q_tile, key, tested, of_tile, transposed=True, **pairs)
-            carry = _visit_queries(gpu, tile, of_bias(call, b, head), k, v, refs, carry)
+            carry = _visit_queries(gpu, tile, of_bias(call, b, head), *operands, refs, carry)
             slot.release()
             return carry
 
@@ -218,7 +220,7 @@ def _dq_kernel(tiling: Tiling, operands, outputs, scratch):
         of_tile, of_row = (b, own, head), (b, head, own)
         sources = [call.q.at[of_tile], rows.do.at[of_tile], rows.lse.at[of_row], rows.delta.at[of_row]]
         load(loaded, list(zip(sources + of_queries(call, b, own), buffers, strict=True)))
-        q, do, lse, delta, *integers = buffers
+        q, _, lse, delta, *integers = buffers
         integers = [gpu.load(ref, 0) for ref in integers]
         bias = [gpu.full((tiling.blocks.own,), number) for number in of_bias(call, b, head)]
 
@@ -227,7 +229,8 @@ def _dq_kernel(tiling: Tiling, operands, outputs, scratch):
             (k, v, *along), pairs = apart(call, tiling, slot.wait(), pattern, consumer)
             vectors = integers, [gpu.load(ref, 1) for ref in along]
             tile = Tile(gpu, tiling, call, head, query, column * tiling.kv_tile, tested, vectors, **pairs)
-            carry = _visit_keys(gpu, tile, bias, (q, do, lse, delta), (k, v), carry)
+            of_own = *own_operands(call, queries[0][:2], consumer, column), lse, delta
+            carry = _visit_keys(gpu, tile, bias, of_own, (k, v), carry)
             slot.release()
             return carry
 

@@ -30,6 +30,7 @@ from kernels.attention.mosaic.program import (
     matrix,
     of_pairs,
     own_line,
+    own_operands,
     pair_buffers,
     run_roles,
     stored,
@@ -136,7 +137,8 @@ def _consume(gpu, tiling: Tiling, call: Call, listed: lists.Lists, outputs, rows
         if along or pairs:
             of_k.release()
         following, [v] = keys(n + 1), of_v.wait()
-        products, acc = gpu.product_and_sum(q, following, acc, weights, v)
+        [own_q] = own_operands(call, rows[0][:1], consumer, column)
+        products, acc = gpu.product_and_sum(own_q, following, acc, weights, v)
         of_v.release()
         return *statistics, acc, products
 

@@ -22,7 +22,7 @@ from kernels import compat
 from kernels.attention.call import Call
 from kernels.attention.mosaic.decode import Cut
 from kernels.attention.mosaic.operands import Added
-from kernels.attention.mosaic.tiling import REGISTERS, Tiling
+from kernels.attention.mosaic.tiling import REGISTERS, Tiling, is_crowded
 from kernels.attention.portable.lists import Lists
 
 SWIZZLE = 128
@@ -156,6 +156,17 @@ def apart(call: Call, tiling: Tiling, refs: Sequence[Any], pattern: list, owner)
     at |= {"added": pl.ds(owner * own, own)} if isinstance(call.bias, Added) else {}
     count = len(refs) - len(at)
     return list(refs[:count]), {name: ref.at[rows] for (name, rows), ref in zip(at.items(), refs[count:], strict=True)}
+
+
+def own_operands(call: Call, buffers: Sequence[Any], owner, entry) -> list:
+    """The matrices of one owner's rows, as the visit to `entry` has them for its products.
+
+    wgmma takes a matrix by a descriptor of 64 bits for each 16 numbers of the head. Those of rows that stay are the same at each
+    visit, and a compiler keeps them in registers: 64 for two matrices at head size 256. Where a call needs these for its scores,
+    they are made again at each visit, since they move by a zero of which the compiler does not know that it is one.
+    """
+    zero = lax.shift_right_arithmetic(entry, jnp.int32(31)) if is_crowded(call) else 0
+    return [ref.at[owner + zero] for ref in buffers]
 
 
 def walk(listed: Lists, b, head, line, visit: Callable, state):

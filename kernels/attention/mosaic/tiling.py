@@ -3,6 +3,8 @@
 import dataclasses
 from typing import NamedTuple
 
+import jax
+
 from kernels import devices
 from kernels.attention import biases, masks, tiles
 from kernels.attention.call import Call
@@ -21,8 +23,11 @@ PASSES = ("forward", "dkv", "dq", "table")
 EVALUATED = ("ALiBi",)
 """The rules, with one number a head, that kernels evaluate, at positions traced or not; others' registers spill."""
 
-SLACK = 3072
-"""Bytes of shared memory for barriers, and for what is aligned."""
+ALIGNMENT = 1024
+"""Each buffer takes a multiple of this many bytes of shared memory."""
+
+REDUCTION, BARRIERS = 2048, 256
+"""Bytes of shared memory that reductions along rows take, where there are any, and at most those of barriers."""
 
 REGISTERS = {2: (240, 24), 3: (160, 32)}
 """By the number of consumers: registers that each thread of a consumer may have, and of the producer; 64 Ki a processor."""
@@ -114,8 +119,15 @@ def _relieved(name: str, size: Blocks, head_size: int, call: Call) -> Blocks:
     if name == "dkv" and head_size > 64 and size.consumers == 2 and call.softcap is not None:
         size = size._replace(split=True)  # their derivative takes those of one sum
     if call.bias is not None and not (name == "forward" and isinstance(call.bias, biases.ALiBi)):
-        size = size._replace(visited=min(size.visited, 64))  # what it adds, or the distances for its gradient, take some too
+        widest = 64 if head_size <= 128 else 32
+        size = size._replace(visited=min(size.visited, widest))  # what it adds, or the distances for its gradient, take some too
     return size
+
+
+def is_crowded(call: Call) -> bool:
+    """Whether scores need the registers that the descriptors of large heads take (`program.own_operands`)."""
+    arrays = call.bias, call.q_segments, call.q_positions, call.kv_positions
+    return call.q.shape[3] > 128 and (call.softcap is not None or any(x is not None for x in arrays))
 
 
 def added_to(call: Call) -> bool:
@@ -124,24 +136,31 @@ def added_to(call: Call) -> bool:
 
 
 def _fitted(name: str, size: Blocks, head_size: int, call: Call) -> Blocks:
-    """These blocks with fewer stages, where what comes with each pair of a tile would not fit in shared memory beside as many."""
-    stages = [
-        n for n in range(size.stages, 0, -1) if _shared_bytes(name, size._replace(stages=n), head_size, call) <= SHARED_BYTES
-    ]
-    return size._replace(stages=stages[0]) if stages else size
+    """These blocks with fewer stages, where what comes with each pair of a tile would not fit in shared memory beside as many;
+    where only one would fit, with tiles half as wide, so that one is copied while another is at work."""
+    stages, widths = range(size.stages, 1, -1), (size.visited, size.visited // 2)
+    smaller = (size._replace(visited=visited, stages=n) for visited in widths for n in stages)
+    return next((blocks for blocks in smaller if _shared_bytes(name, blocks, head_size, call) <= SHARED_BYTES), size)
 
 
 def _shared_bytes(name: str, size: Blocks, head_size: int, call: Call) -> int:
-    """What a program takes of shared memory."""
+    """What a program takes of shared memory, less what barriers leave of `BARRIERS`."""
     rows, pairs = size.owners * size.own, size.owners * size.own * size.visited
     number = (call.bias.table.dtype.itemsize if isinstance(call.bias, biases.Dense) else 4) if added_to(call) else 0
-    of_row, of_vectors = head_size * call.q.dtype.itemsize, 4 * 4
+    of_row, of_pair = head_size * call.q.dtype.itemsize, is_stored(call.mask)
+    integers = (call.q_segments is not None) + (call.q_positions is not None or call.kv_positions is not None)
+    sums = 0 if added_to(call) or name != "dq" else len(jax.tree.leaves(call.bias))
     if name == "table":
-        own, stage = 2 * pairs * number, 2 * (rows + size.visited) * of_row + pairs * is_stored(call.mask)
+        kept = [pairs * number, pairs * 4]
+        visited = [rows * of_row, size.visited * of_row] * 2 + [pairs * of_pair]
+        visited += [rows * 4] * (2 + integers) + [size.visited * 4] * integers
     else:
-        own = (1 if name == "forward" else 2) * rows * of_row
-        stage = 2 * size.visited * of_row + pairs * (number + is_stored(call.mask))
-    return own + rows * of_vectors + size.stages * (stage + size.visited * of_vectors) + SLACK
+        of_own, of_visited = {"forward": (1, 0), "dkv": (0, 2), "dq": (2 + sums, 0)}[name]  # vectors
+        kept = [rows * of_row] * (1 if name == "forward" else 2) + [rows * 4] * (of_own + integers)
+        visited = [size.visited * of_row] * 2 + [size.visited * 4] * (of_visited + integers) + [pairs * number, pairs * of_pair]
+    buffers = kept + [size.stages * n for n in visited]
+    total = sum(-(-n // ALIGNMENT) * ALIGNMENT for n in buffers)
+    return total + REDUCTION * (name == "forward" or sums > 0) + BARRIERS
 
 
 def is_stored(mask: masks.Mask) -> bool:
