@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -216,6 +217,18 @@ def test_blocks_fit_in_shared_memory_with_what_comes_with_each_pair(device, bias
             assert tiling._shared_bytes(name, fitted, size, call) <= SHARED_BYTES
     plain = Case(300, 300, 64, "causal").call()
     assert tiling._fitted("dkv", tiling.table(device)["dkv"][64], 64, plain) == tiling.table(device)["dkv"][64]
+
+
+def test_shared_memory_is_what_the_compiled_kernels_take():
+    """Within what barriers leave of their share."""
+    rows = json.loads(pathlib.Path(expected.COMPILED).read_text())["rows"]
+    for row in rows:
+        blocks = mosaic.Blocks(*(row[field] for field in mosaic.Blocks._fields))
+        kernel = offline.Kernel(row["kernel"], row["dtype"], row["head_size"], blocks, row["mask"])
+        call = offline.call_for(kernel, offline.MASKS[kernel.mask].length, jax.ShapeDtypeStruct)
+        cut = getattr(tiling.plan(call, False, dict.fromkeys(tiling.PASSES, blocks)), kernel.name)
+        counted = tiling._shared_bytes(kernel.name, cut.blocks, kernel.head_size, call)
+        assert counted - tiling.BARRIERS < row["shared_bytes"] <= counted, row
 
 
 def test_the_longest_lines_come_first():
