@@ -123,6 +123,7 @@ def table() -> Iterator[Case]:
     yield Case("selective_scan", 65, "float32", reset=True, decay=100.0)
     yield Case("selective_scan", 1000, "float32", groups=2, states=5, decay=0.01)
     yield Case("selective_scan", 1000, states=32, channels=40, reverse=True)
+    yield Case("selective_scan", 65, states=50, groups=2, reset=True, reverse=True)
     yield Case("ssd", 1000, channels=256, states=128)
     yield Case("ssd", 1, channels=64)
     yield Case("ssd", 2, "float16", channels=128, states=32, head_dim=32, bare=True)

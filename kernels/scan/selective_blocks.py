@@ -23,7 +23,8 @@ from kernels.scan.selective_reference import Inputs, State
 class Blocks(NamedTuple):
     """Channels of a program, steps of a span in the forward and the backward pass, K steps between kept states, and warps.
 
-    The loads of a span are issued together. K is a multiple of both spans; all but K are powers of two.
+    The loads of a span are issued together. K is a multiple of both spans; all but K are powers of two. slice: how many states a
+    program takes at a time, if not all (Triton's kernels can).
     """
 
     channels: int
@@ -31,6 +32,7 @@ class Blocks(NamedTuple):
     backward: int
     K: int
     warps: int
+    slice: int = 0
 
 
 def table(implementation: str, kind: str | None = None) -> dict[int, Blocks]:
@@ -104,7 +106,7 @@ def shrink(blocks: Blocks, L: int, F: int) -> Blocks:
     """`blocks` no larger than a short sequence or few channels can fill."""
     spans = [min(span, power_of_two(L)) for span in (blocks.forward, blocks.backward)]
     K = min(blocks.K, -(-L // max(spans)) * max(spans))
-    return Blocks(min(blocks.channels, power_of_two(F)), *spans, K, blocks.warps)
+    return blocks._replace(channels=min(blocks.channels, power_of_two(F)), forward=spans[0], backward=spans[1], K=K)
 
 
 def power_of_two(size: int) -> int:

@@ -18,7 +18,8 @@ from kernels.scan.selective_blocks import Blocks, Gradients, Passes, Plan
 from kernels.scan.selective_reference import Inputs, State
 
 table = functools.partial(selective_blocks.table, "triton")
-"""Blocks by states. A chunk is one span of the backward pass, whose warps these are; forward, a thread has a channel."""
+"""Blocks by states. A chunk is one span of the backward pass, whose warps these are; forward, a thread has a channel, and where
+the states are taken in slices (`triton_wide_kernels`), both passes are alike."""
 
 MOST_AHEAD = 64
 """Words of B and C of a span up to which the next one is loaded while a span is computed: registers hold both."""
@@ -37,7 +38,7 @@ def why_not(spec) -> str | None:
         f"Triton runs on NVIDIA GPUs, not on {spec.platform}": spec.platform != "gpu",
         "it needs jax-triton, which is not installed: pip install jax-triton": importlib.util.find_spec("jax_triton") is None,
         f"its state is float32, not {spec.dtype}": spec.dtype != "float32",
-        f"its registers hold up to {largest} states of a channel, not {spec.state}": spec.state > largest,
+        f"it has blocks for up to {largest} states of a channel, not {spec.state}": spec.state > largest,
     }
     return next((reason for reason, applies in reasons.items() if applies), None)
 
@@ -67,15 +68,21 @@ def forward_arguments(plan: Plan, inputs: Inputs, keep, with_states: bool) -> tu
     arrays = [*_pointers(inputs), inputs.h0, inputs.u if keep is None else keep]
     kept = (len(inputs.u), plan.chunks, *inputs.h0.shape[1:]) if with_states else (1,)
     outputs = [_shape(inputs.u), _shape(inputs.h0), jax.ShapeDtypeStruct(kept, inputs.h0.dtype)]
+    if plan.blocks.slice:
+        return arrays, outputs, _constants(plan, inputs, keep) | {"KEPT": with_states}
     packed = dtype.itemsize == 2 and N > 1
     words = 2 * plan.blocks.forward * (N // 2 if packed else N)
     options = {"S": plan.blocks.forward, "AHEAD": words <= MOST_AHEAD, "PACKED": packed, "KEPT": with_states}
     return arrays, outputs, _constants(plan, inputs, keep) | options
 
 
-def forward_warps(plan: Plan) -> int:
-    """Of a program whose threads have a channel each."""
-    return max(1, plan.blocks.channels // 32)
+def kernel(name: str, plan: Plan) -> tuple[Any, int]:
+    """The kernel of a pass, and its warps; forward, if it takes all states at a time, a thread has a channel."""
+    from kernels.scan import triton_kernels, triton_wide_kernels
+
+    of_threads = name == "forward" and not plan.blocks.slice
+    warps = max(1, plan.blocks.channels // 32) if of_threads else plan.blocks.warps
+    return getattr(triton_wide_kernels if plan.blocks.slice else triton_kernels, name), warps
 
 
 def backward_arguments(plan: Plan, inputs: Inputs, keep, kept, dy, dlast) -> tuple[list, list, dict[str, Any]]:
@@ -108,13 +115,11 @@ PASSES = Passes(forward, backward)
 
 
 def _launch(name: str, plan: Plan, arrays: list, outputs: list, constants: dict[str, Any]) -> list[Array]:
-    from kernels.scan import triton_kernels
-
     B, G, F = arrays[0].shape[0], constants["G"], constants["F"]
-    warps = forward_warps(plan) if name == "forward" else plan.blocks.warps
+    run, warps = kernel(name, plan)
     launch = functools.partial(
         compat.triton_call,
-        getattr(triton_kernels, name),
+        run,
         out=outputs,
         grid=(F // plan.blocks.channels, G, B),
         name=f"selective_scan_{name}",
@@ -144,5 +149,6 @@ def _constants(plan: Plan, inputs: Inputs, keep) -> dict[str, Any]:
     G, N, F = inputs.A.shape
     sizes = {"L": plan.L, "STEPS": plan.padded, "G": G, "F": F, "N": N, "T": plan.blocks.K, "CH": plan.blocks.channels}
     given = {"HAS_D": inputs.D, "HAS_Z": inputs.z, "BIAS": inputs.delta_bias, "KEEP": keep}
+    sizes |= {"NS": plan.blocks.slice} if plan.blocks.slice else {}
     flags = {"SOFTPLUS": plan.softplus, "REVERSE": plan.reverse}
     return sizes | flags | {name: x is not None for name, x in given.items()}

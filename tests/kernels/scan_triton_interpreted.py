@@ -13,11 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels.scan import selective_blocks, selective_reference, ssd_forms, ssd_triton, ssd_triton_kernels, triton, triton_kernels
+from kernels.scan import selective_blocks, selective_reference, ssd_forms, ssd_triton, ssd_triton_kernels, triton
 from kernels.scan.selective_blocks import Blocks, Gradients, Passes
 from kernels.scan.selective_reference import Inputs, keeps
 
 BLOCKS = Blocks(2, 2, 4, 4, 1)
+SLICED = BLOCKS._replace(slice=2)  # of four states
 # L, groups, reverse, packed, bare, and the type of B and C
 SELECTIVE = [
     (6, 2, True, True, False),
@@ -85,12 +86,12 @@ def grid_of(plan, inputs: Inputs) -> tuple[int, int, int]:
 
 def forward(plan, inputs: Inputs, keep, with_states: bool):
     arguments = triton.forward_arguments(plan, inputs, keep, with_states)
-    return launch(triton_kernels.forward, grid_of(plan, inputs), arguments)
+    return launch(triton.kernel("forward", plan)[0], grid_of(plan, inputs), arguments)
 
 
 def backward(plan, inputs: Inputs, keep, kept, dy, dlast) -> Gradients:
     arguments = triton.backward_arguments(plan, inputs, keep, kept, dy, dlast)
-    d = Gradients(*map(jnp.asarray, launch(triton_kernels.backward, grid_of(plan, inputs), arguments)))
+    d = Gradients(*map(jnp.asarray, launch(triton.kernel("backward", plan)[0], grid_of(plan, inputs), arguments)))
     given = {"z": inputs.z, "D_parts": inputs.D, "delta_bias_parts": inputs.delta_bias}
     return d._replace(**{name: None for name, x in given.items() if x is None})
 
@@ -109,14 +110,14 @@ def case(L: int, G: int, reverse: bool, packed: bool, bare: bool, dtype="float32
     return inputs, keep, cotangents
 
 
-def selective_errors(L: int, G: int, reverse: bool, packed: bool, bare: bool, dtype="float32") -> dict[str, float]:
+def selective_errors(L: int, G: int, reverse: bool, packed: bool, bare: bool, dtype="float32", blocks=BLOCKS) -> dict[str, float]:
     """Relative to the largest number of each array; of float16, without its gradients, which are rounded too."""
     inputs, keep, cotangents = case(L, G, reverse, packed, bare, dtype)
     reference = jax.jit(functools.partial(selective_reference.scan, not bare, reverse))
     (y, last), pullback = jax.vjp(lambda x: reference(x, keep), inputs)
     (expected,) = pullback(cotangents)
 
-    plan = triton.plan_of(not bare, reverse, inputs, BLOCKS)
+    plan = triton.plan_of(not bare, reverse, inputs, blocks)
     run = functools.partial(selective_blocks.run, Passes(forward, backward), plan)
     (our_y, our_last), pullback = jax.vjp(lambda x: run(x, keep), inputs)
     (found,) = pullback(cotangents)
@@ -199,6 +200,7 @@ ssd_triton._launch = ssd_launch
 def cases():
     """Arguments, what finds the errors, and the largest allowed."""
     yield from ((x, selective_errors, 1e-5) for x in SELECTIVE)
+    yield from ((x, functools.partial(selective_errors, blocks=SLICED), 1e-5) for x in (SELECTIVE[0], SELECTIVE[-1]))
     yield from ((x, ssd_errors, 1e-5) for x in SSD)
     yield (40, 2, False, False), strong_errors, 1e-5
     yield from ((x, half_errors, 2**-7) for x in HALF)
