@@ -1,4 +1,4 @@
-"""Products by weight matrices, written so that XLA's CPU backend computes their gradients without transposing activations.
+"""Products written as XLA's CPU backend computes them, or their gradients, fastest: by weight matrices, and of rows by rows.
 
 The weight gradient of x [B, L, E] times w [E, F] contracts the two axes (B, L). XLA brings a product with two contracted axes
 to matrix form by copying the cotangent, together with whatever elementwise function made it (the derivative of a GELU, say),
@@ -34,3 +34,19 @@ def dot_general(lhs: Inexact[Array, "..."], rhs: Inexact[Array, "..."], dimensio
     inner = math.prod(rhs.shape[:n])
     x, w = lhs.reshape(math.prod(rows), inner), rhs.reshape(inner, math.prod(columns))
     return lax.dot_general(x, w, (((1,), (0,)), ((), ())), **options).reshape(*rows, *columns)
+
+
+def inner(x: Inexact[Array, "*rows D"], y: Inexact[Array, "*rows D"]) -> Inexact[Array, "*rows"]:
+    """The inner product of each row of x with that of y.
+
+    `(x * y).sum(-1)` is the same, but takes XLA's CPU backend fifty times as long where a leading axis has size 1 (jaxlib 0.10.2:
+    50 ms in place of 1 for rows of [1, 8192, 8, 64]).
+    """
+    rows = tuple(range(x.ndim - 1))
+    return lax.dot_general(x, y, (((x.ndim - 1,), (y.ndim - 1,)), (rows, rows)), precision=lax.Precision.HIGHEST)
+
+
+def scaled(weight: Inexact[Array, "*rows"], x: Inexact[Array, "*rows D"]) -> Inexact[Array, "*rows D"]:
+    """`weight[..., None] * x`, whose gradient with respect to the weights is `inner`."""
+    rows = tuple(range(weight.ndim))
+    return lax.dot_general(weight, x, (((), ()), (rows, rows)), precision=lax.Precision.HIGHEST)

@@ -15,6 +15,7 @@ from efficient_attn.mixers.context import Context
 from efficient_attn.mixers.lsh import angular_hash, draw_rotations, segment_numbers
 from efficient_attn.mixers.routing import unit
 from kernels.attention import Dropout, attend, masks
+from kernels.matmul import inner
 
 TILE = 64
 """Tokens of a tile of queries and of keys."""
@@ -75,7 +76,7 @@ def _forward(form: Form, q, k, v, segments, dropout):
 def _backward(form: Form, residuals, dout):
     q, k, v, segments, dropout, out, lse = residuals
     tiles = Tiles(form, q, k, v, segments, dropout)
-    delta = jnp.sum(dout.astype(tiles.dtype) * out.astype(tiles.dtype), axis=-1)
+    delta = inner(dout.astype(tiles.dtype), out.astype(tiles.dtype))
 
     def row(t, totals):
         q_t, do, lse_t, delta_t = (tiles.at(x, t) for x in (q, dout, lse, delta))

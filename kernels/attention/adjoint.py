@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels.attention.call import ARRAYS, Call
+from kernels.matmul import inner
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["do", "lse", "delta"], meta_fields=[])
@@ -23,7 +24,7 @@ class Rows:
 
 def rows_of(out, lse, dout, dlse) -> Rows:
     """From the results of the forward pass and their gradients; out [B, L, H, Dv], lse [B, H, L]."""
-    delta = jnp.moveaxis((dout.astype(lse.dtype) * out.astype(lse.dtype)).sum(axis=-1), 1, 2)
+    delta = jnp.moveaxis(inner(dout.astype(lse.dtype), out.astype(lse.dtype)), 1, 2)
     return Rows(dout, jnp.where(lse == -jnp.inf, jnp.inf, lse), delta - dlse)  # p = exp(s - inf) = 0 where no pair is allowed
 
 

@@ -35,6 +35,7 @@ from kernels.attention import biases, residues, tiles
 from kernels.attention.call import Call, default_positions, statistics_dtype, transform_scores
 from kernels.attention.masks import of_heads
 from kernels.attention.tiles import TileList, TileSizes, Tiling
+from kernels.matmul import inner
 
 TILE_SIZES = TileSizes()
 SCORES_ON_A_DEVICE = 2**24
@@ -127,7 +128,7 @@ def _attend_backward(tiling: Tiling, residuals, cotangents) -> tuple[Call]:
     call, out, lse = residuals
     dout, dlse = cotangents
     dtype = lse.dtype
-    delta = (dout.astype(dtype) * out.astype(dtype)).sum(axis=-1) - dlse
+    delta = inner(dout.astype(dtype), out.astype(dtype)) - dlse
     lse = jnp.where(lse == -jnp.inf, 0, lse)
 
     def group(group, totals):

@@ -6,6 +6,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from kernels.matmul import scaled
+
 Part = tuple[Float[Array, "B L H Dv"], Float[Array, "B L H"]]
 
 
@@ -23,7 +25,7 @@ def merge(parts: Sequence[Part]) -> Part:
     if len(shapes) != 1:
         raise ValueError(f"merge: parts of shapes {sorted(shapes)}; give at least one, all of one shape")
     weights, lse = _weights(jnp.stack([lse for _, lse in parts]))
-    out = sum(weight[..., None] * part.astype(lse.dtype) for weight, (part, _) in zip(weights, parts))
+    out = sum(scaled(weight, part.astype(lse.dtype)) for weight, (part, _) in zip(weights, parts))
     return out.astype(parts[0][0].dtype), lse
 
 

@@ -5,13 +5,16 @@ sequence no tile of s or more keys could be skipped. Ordered by residue class th
 `Strided(s)` beside masks that go by distance alone, it is cut into two disjoint parts,
 
     the rest: the mask without its strided keys, in the order of the sequence, and
-    the strided keys that the rest lacks: s sequences of L / s positions, as further batch rows, under the mask between every
-    s-th position,
+    the strided keys that the rest lacks: s sequences of L / s positions, as further heads, under the mask between every s-th
+    position,
 
-whose results are merged by log-sum-exp, which is exact and differentiable. Heads with masks of their own go one mask at a time.
+whose results are merged by log-sum-exp, which is exact and differentiable. As heads the sequences are a view of [B, L, H, D], and
+nothing is copied; with segments, which heads share, or where s does not divide L, they are copied to be further batch rows. Heads
+with masks of their own go one mask at a time.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -33,13 +36,13 @@ NOTHING = ~Full()
 
 def attend(call: Call, in_order: Callable[[Call], Part]) -> Part:
     """The call by its parts, or by `in_order` alone where it has none."""
-    L, of_head = call.q.shape[1], masks.of_heads(call.mask)
+    of_head = masks.of_heads(call.mask)
     if not can_be_parted(call) or all(_stride(mask) == 1 for mask in of_head):
         return in_order(call)
     if len(of_head) > 1:
         return _by_mask(call, of_head, in_order)
-    rest, by_class, stride = parts(call)
-    out, lse = (unfold(x, stride, L) for x in in_order(by_class))
+    rest, by_class, put_back = parts(call)
+    out, lse = map(put_back, in_order(by_class))
     return merge([in_order(rest), (out, lse)])
 
 
@@ -49,23 +52,26 @@ def can_be_parted(call: Call) -> bool:
     return not goes_by_position and SHORTEST <= call.q.shape[1] == call.k.shape[1]
 
 
-def parts(call: Call) -> tuple[Call, Call, int]:
-    """The rest of a call, its strided keys by residue class, and the stride."""
-    stride = _stride(call.mask)
+def parts(call: Call) -> tuple[Call, Call, Callable[[Array], Array]]:
+    """The rest of a call, its strided keys by residue class, and what puts results of the latter in the sequence's order."""
+    stride, L = _stride(call.mask), call.q.shape[1]
     rest = _rebuilt(call.mask, lambda leaf: NOTHING if leaf == Strided(stride) else leaf)
     strided = _every(call.mask, stride) & ~_every(rest, stride)
     q_segments, kv_segments = call.q_segments, call.kv_segments
-    if q_segments is None and call.q.shape[1] % stride:
+    rest = dataclasses.replace(call, mask=rest)
+    if q_segments is None and L % stride == 0:
+        as_heads = {name: _as_heads(getattr(call, name), stride) for name in ("q", "k", "v")}
+        return rest, dataclasses.replace(call, **as_heads, mask=strided), functools.partial(_from_heads, stride=stride)
+    if q_segments is None:
         q_segments = kv_segments = jnp.zeros(call.q.shape[:2], jnp.int32)
-    of_no_query = None if q_segments is None else _absent(q_segments)
     by_class = dataclasses.replace(
         call,
         **{name: fold(getattr(call, name), stride) for name in ("q", "k", "v")},
-        q_segments=None if q_segments is None else fold(q_segments, stride),
-        kv_segments=None if kv_segments is None else fold(kv_segments, stride, of_no_query),
+        q_segments=fold(q_segments, stride),
+        kv_segments=fold(kv_segments, stride, _absent(q_segments)),
         mask=strided,
     )
-    return dataclasses.replace(call, mask=rest), by_class, stride
+    return rest, by_class, functools.partial(unfold, stride=stride, length=L)
 
 
 def _absent(ids: Int[Array, "B L"]) -> Int[Array, ""]:
@@ -85,6 +91,18 @@ def _by_mask(call: Call, of_head: tuple[Mask, ...], in_order: Callable[[Call], P
         order.extend(heads)
     out, lse = (jnp.concatenate(of_masks, axis=2)[:, :, np.argsort(order)] for of_masks in zip(*results))
     return out, lse
+
+
+def _as_heads(x: Shaped[Array, "B L H *D"], stride: int) -> Shaped[Array, "B M RH *D"]:
+    """[B, L, H, ...] to [B, L / stride, stride H, ...]: head r H + h is positions r, r + stride, ... of head h."""
+    B, L, H = x.shape[:3]
+    return x.reshape(B, L // stride, stride * H, *x.shape[3:])
+
+
+def _from_heads(x: Shaped[Array, "B M RH *D"], stride: int) -> Shaped[Array, "B L H *D"]:
+    """What `_as_heads` was given."""
+    B, M, RH = x.shape[:3]
+    return x.reshape(B, M * stride, RH // stride, *x.shape[3:])
 
 
 def fold(x: Shaped[Array, "B L *D"], stride: int, fill: Any = 0) -> Shaped[Array, "BR M *D"]:

@@ -27,6 +27,7 @@ from kernels.attention.call import Call, Spans, Spec, statistics_dtype
 from kernels.attention.masks import SKIP, Mask, of_heads
 from kernels.attention.merge import Part, merge
 from kernels.dispatch import Choice
+from kernels.matmul import inner
 
 TILES = 256
 """Into so many parts a stretch is cut, at most, to estimate the work of its device."""
@@ -218,7 +219,7 @@ def _backward(ring: _Ring, residuals, cotangents):
         keys, moving, dkeys, dqueries = carry
         (part, part_lse), pull = jax.vjp(lambda q, k: ring.step(s, q, k, fixed, moving), queries, keys)
         weight = jnp.exp(part_lse - lse)
-        through_weight = jnp.sum(dout * (part.astype(dout.dtype) - out), axis=-1)
+        through_weight = inner(dout, part.astype(dout.dtype) - out)
         more = pull(((weight[..., None] * dout).astype(part.dtype), weight * (dlse + through_weight)))
         dqueries, dkeys = jax.tree.map(lambda total, x: total + x.astype(total.dtype), (dqueries, dkeys), more)
         return *ring.send((keys, moving, dkeys)), dqueries
