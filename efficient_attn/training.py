@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from efficient_attn import distributed, divergence, optim, preemption, replicas, workdir
+from efficient_attn import allocator, distributed, divergence, optim, preemption, replicas, workdir
 from efficient_attn.arguments import ConfigError
 from efficient_attn.checkpoints import CheckpointError, Checkpoints
 from efficient_attn.config import Config, TrainConfig, differences, may_change
@@ -310,6 +310,8 @@ class Loop:
             return
         step, sums = self.pending[0], jax.device_get(self.pending[1])
         self.pending = None
+        if jax.default_backend() == "cpu":
+            allocator.keep_freed()
         if wrong := self.progress.guard.note(step, sums, self.plan.train.spike_factor, self.plan.train.max_divergences):
             raise TrainingDiverged(wrong, step)
         self.progress.window.add({name: value for name, value in sums.items() if name != "skipped"})

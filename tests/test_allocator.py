@@ -1,0 +1,52 @@
+"""A process that keeps its memory touches it for the first time once, and does so only where that is affordable."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from efficient_attn import allocator
+
+FAULTS = """
+import resource, sys
+from efficient_attn import allocator
+
+allocator.share_one_heap()
+bytes([1]) * 2**26
+allocator.available = lambda: int(sys.argv[1])
+print(allocator.keep_freed(), allocator.keep_freed())
+bytes([1]) * 2**26
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(4):
+    bytes([1]) * 2**26
+print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) * resource.getpagesize())
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="page faults of glibc's allocator, on Linux")
+@pytest.mark.parametrize(
+    ("left", "environment", "keeps"),
+    [(2**40, {}, True), (2**26, {}, False), (2**40, {"MALLOC_ARENA_MAX": "8"}, False)],
+    ids=["room", "no room", "set up by the environment"],
+)
+def test_memory_is_kept_where_there_is_room(left, environment, keeps):
+    own = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_") and name != "GLIBC_TUNABLES"}
+    command = [sys.executable, "-c", FAULTS, str(left)]
+    printed = subprocess.run(command, env=own | environment, check=True, capture_output=True, text=True).stdout.split()
+    assert printed[:2] == [str(keeps)] * 2
+    touched = int(printed[2])
+    assert touched < 2**22 if keeps else touched > 2**26  # four blocks of 64 MiB
+
+
+@pytest.mark.parametrize(("limit", "left"), [("max", 3 * 2**20), ("2097152", 2**20)])
+def test_what_is_available_respects_the_control_group(tmp_path, limit, left):
+    for name, text in {
+        "proc/meminfo": "MemTotal: 9000 kB\nMemFree: 10 kB\nMemAvailable: 3072 kB\n",
+        "sys/fs/cgroup/memory.max": limit + "\n",
+        "sys/fs/cgroup/memory.current": "1048576\n",
+    }.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    assert allocator.available(tmp_path) == left
