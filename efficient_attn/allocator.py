@@ -1,12 +1,12 @@
-"""The C library's allocator, told to keep what is freed: on a CPU a training step would spend much of its time on page faults.
+"""The C library's allocator, told to keep what is freed: on a CPU a training step would spend a third of its time on page faults.
 
 XLA's CPU backend allocates the temporary arrays of a step when the step begins and frees them when it ends. glibc takes such
-large blocks from the system anew each time, and the system clears them page by page as each is first touched: for two layers of
-S5 at batch 8, 160 MB in 39,000 page faults a step, and 40 % of its time. A process that keeps its memory touches it once.
+large blocks from the system anew each time, and the system clears them page by page as each is first touched. A process that
+keeps its memory touches it once (`python -m benchmarks.kept_memory`).
 
-What is kept cannot go to others, and while steps overlap and small blocks lie between them a process may come to hold three times
+What is kept cannot go to others, and while steps overlap and small blocks lie between them, a process has come to hold 3.4 times
 what it needs. So it keeps its memory only where that is affordable, by `ROOM`. Where the environment sets the allocator up
-(MALLOC_..., GLIBC_TUNABLES), as MALLOC_ARENA_MAX=8 would, and with other C libraries, nothing is done.
+(MALLOC_..., GLIBC_TUNABLES, be it to nothing), and with other C libraries, nothing is done.
 """
 
 import ctypes
@@ -15,6 +15,7 @@ import os
 import pathlib
 import resource
 import sys
+from collections.abc import Iterator
 
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
 """Options of mallopt(3)."""
@@ -22,9 +23,15 @@ M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
 ROOM = 4
 """Memory is kept where the system has so many times as much left as the process has taken at most."""
 
+SHARERS = "EFFICIENT_ATTN_RUNS_AT_ONCE"
+"""Environment variable: how many runs share what the machine has left; a sweep sets it."""
+
+GROUPS = {"v2": ("", "memory.max", "memory.current"), "v1": ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes")}
+"""Of the two versions of control groups: the folder in /sys/fs/cgroup, the files of a group's limit and of its use."""
+
 
 def share_one_heap() -> None:
-    """All threads allocate from one heap, since the heaps of others hold no large blocks; before threads have been started."""
+    """All threads allocate from one heap, since others are too small for large blocks; to be called before threads start."""
     if _is_ours():
         _mallopt()(M_ARENA_MAX, 1)
 
@@ -33,22 +40,46 @@ def share_one_heap() -> None:
 def keep_freed() -> bool:
     """From now on all blocks are of the heap and its end is never given back, where that is affordable; returns whether.
 
-    To be called when memory has been at its largest, after a first step; later calls return what the first did.
+    To be called when memory has been at its largest, after a first step. It decides once: later calls return what the first did.
     """
     largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    if not _is_ours() or available() < ROOM * largest:
+    if not _is_ours() or available() < ROOM * largest * int(os.environ.get(SHARERS) or 1):
         return False
     return all(_mallopt()(option, value) == 1 for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1)))
 
 
 def available(root: pathlib.Path = pathlib.Path("/")) -> int:
-    """Bytes that the system could give this process: of the machine, and of its control group where that is limited."""
-    lines = (line.split() for line in (root / "proc/meminfo").read_text().splitlines())
-    free = [1024 * next(int(size) for name, size, *_ in lines if name == "MemAvailable:")]
-    limit, used = (root / "sys/fs/cgroup" / name for name in ("memory.max", "memory.current"))
-    if limit.exists() and used.exists() and (most := limit.read_text().strip()) != "max":
-        free.append(int(most) - int(used.read_text()))
-    return min(free)
+    """Bytes that the system could give this process: of the machine, and of the control groups that it is in.
+
+    0 where the machine does not tell; limits that cannot be read count for nothing.
+    """
+    try:
+        lines = (line.split() for line in (root / "proc/meminfo").read_text().splitlines())
+        machine = next((1024 * int(size) for name, size, *_ in lines if name == "MemAvailable:"), 0)
+    except OSError:
+        return 0
+    return max(0, min([machine, *_left_in_groups(root)]))
+
+
+def _left_in_groups(root: pathlib.Path) -> Iterator[int]:
+    """What each memory control group of this process, and each that holds it, has left, where it is limited."""
+    try:
+        mine = [line.split(":", 2) for line in (root / "proc/self/cgroup").read_text().splitlines()]
+    except OSError:
+        return
+    for _, controllers, path in mine:
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        folder, limit, used = GROUPS["v1" if controllers else "v2"]
+        top = root / "sys/fs/cgroup" / folder
+        group = pathlib.PurePath(path.lstrip("/"))
+        for place in (group, *group.parents):
+            try:
+                most = (top / place / limit).read_text().strip()
+                if most != "max":
+                    yield int(most) - int((top / place / used).read_text())
+            except OSError:
+                continue  # a container sees the group that it is in as the top, by another path
 
 
 def _is_ours() -> bool:

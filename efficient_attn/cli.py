@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from efficient_attn import allocator, distributed
+from efficient_attn import distributed
 from efficient_attn.arguments import ConfigError, shown, suggest
 from efficient_attn.checkpoints import CheckpointError
 from efficient_attn.distributed import LOST_STATUS, PeerError, PeerLost
@@ -51,7 +51,6 @@ def run(main: Callable[[], None]) -> None:
         except KeyboardInterrupt:
             _fail("interrupted; the same command continues", 130)
 
-    allocator.share_one_heap()
     logging.set_verbosity(logging.WARNING)
     logging.use_absl_handler()
     app.run(guarded, flags_parser=parse_flags)

@@ -310,7 +310,7 @@ class Loop:
             return
         step, sums = self.pending[0], jax.device_get(self.pending[1])
         self.pending = None
-        if jax.default_backend() == "cpu":
+        if jax.default_backend() == "cpu" and jax.process_count() == 1:
             allocator.keep_freed()
         if wrong := self.progress.guard.note(step, sums, self.plan.train.spike_factor, self.plan.train.max_divergences):
             raise TrainingDiverged(wrong, step)

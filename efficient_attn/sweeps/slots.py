@@ -9,6 +9,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 
+from efficient_attn import allocator
 from efficient_attn.arguments import ConfigError
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
@@ -37,7 +38,8 @@ def _core_slot(index: int, jobs: int, cores: Sequence[int]) -> Slot:
     own = _share(index, jobs, cores)
     names = ",".join(map(str, own))
     lock = f"cores-{names}" if jobs <= len(cores) else f"cores-{names}-{index // len(cores)}"
-    return Slot(f"cores {names}", own, dict.fromkeys(THREAD_VARIABLES, str(len(own))), (lock,))
+    environment = {**dict.fromkeys(THREAD_VARIABLES, str(len(own))), allocator.SHARERS: str(jobs)}
+    return Slot(f"cores {names}", own, environment, (lock,))
 
 
 def _gpu_slot(index: int, jobs: int, gpus: Sequence[str]) -> Slot:

@@ -44,6 +44,7 @@ def forward(
             of_states = in_group[:, None] * N + s * NS + states[None, :]
             B_t, C_t = tl.load(B + of_states).to(tl.float32), tl.load(C + of_states).to(tl.float32)
             h = tl.load(last + row + s * NS * F + tile)
+            tl.debug_barrier()  # where a tile has fewer numbers than threads, several threads load what one of them stores
             if KEPT:
                 tl.store(kept + (((b * (STEPS // T) + i) * G + g) * N + s * NS) * F + tile, h)
             a = _decays(dt, tl.load(A + (g * N + s * NS) * F + tile) * LOG2E, keep, at, KEEP)
@@ -72,11 +73,13 @@ def _slice(
     is_last = (tl.arange(0, T) == T - 1)[:, None, None]
     decays = tl.where(is_last, 1.0, _decays(dt_next, rates * LOG2E, keep, at_next, KEEP))
     through, totals = tl.associative_scan((decays, C_t[:, :, None] * dout[:, None, :]), 0, _compose, reverse=True)
-    totals = totals + through * tl.load(adjoint + tile)[None, :, :]
+    after, sums = tl.load(adjoint + tile), tl.load(dA + tile)
+    tl.debug_barrier()  # where a tile has fewer numbers than threads, several threads load what one of them stores
+    totals = totals + through * after[None, :, :]
     tl.store(adjoint + tile, _row(a, 0, T) * _row(totals, 0, T))
     tl.store(dB_parts + of_block, tl.sum(totals * (dt * u_t)[:, None, :], axis=2))
     both = totals * kept_on
-    tl.store(dA + tile, tl.load(dA + tile) + tl.sum(dt[:, None, :] * both, axis=0))
+    tl.store(dA + tile, sums + tl.sum(dt[:, None, :] * both, axis=0))
     read = tl.sum(C_t[:, :, None] * all_states, axis=1)
     return read, tl.sum(B_t[:, :, None] * totals, axis=1), tl.sum(rates[None, :, :] * both, axis=1)
 

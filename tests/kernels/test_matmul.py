@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from kernels.matmul import dot_general, matmul
+from kernels.matmul import dot_general, inner, matmul, scaled
 
 # shapes of both operands, contracted axes of both: Dense, DenseGeneral in and out of heads, and two that pass through
 CASES = [
@@ -47,3 +47,21 @@ def test_weight_gradients_contract_one_axis():
 def test_options_reach_the_product():
     x, w = jnp.ones((2, 3, 4), jnp.bfloat16), jnp.ones((4, 5), jnp.bfloat16)
     assert matmul(x, w, preferred_element_type=jnp.float32).dtype == jnp.float32
+
+
+@pytest.mark.parametrize("shape", [(1, 5, 2, 3), (4, 3), (3,)])
+def test_products_of_rows_equal_multiplications_and_sums(shape):
+    with jax.enable_x64(True):
+        x, y = (jax.random.normal(key, shape, jnp.float64) for key in jax.random.split(jax.random.key(0)))
+
+        def run(product, *arguments):
+            out, pullback = jax.vjp(product, *arguments)
+            return out, *pullback(jnp.sin(out))
+
+        for ours, plain, arguments in (
+            (inner, lambda x, y: (x * y).sum(axis=-1), (x, y)),
+            (scaled, lambda w, x: w[..., None] * x, (x[..., 0], y)),
+        ):
+            for got, expected in zip(run(ours, *arguments), run(plain, *arguments), strict=True):
+                np.testing.assert_allclose(got, expected, rtol=1e-12, atol=1e-12)
+    assert inner(jnp.ones((2, 3), jnp.bfloat16), jnp.ones((2, 3), jnp.bfloat16)).dtype == jnp.bfloat16

@@ -46,7 +46,7 @@ def results(implementation: str, mask: Mask, segment_ids, q, k, v, weights):
 
 
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
-@pytest.mark.parametrize(("length", "packed"), [(1, False), (2, False), (64, False), (65, False), (65, True)])
+@pytest.mark.parametrize(("length", "packed"), [(1, False), (63, False), (64, False), (65, False), (64, True), (65, True)])
 def test_parts_merge_to_the_reference(mask, length, packed):
     with jax.enable_x64(True):
         arrays = operands(length, jnp.float64)
