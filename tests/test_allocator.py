@@ -28,9 +28,9 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) * resource.g
 @pytest.mark.parametrize(
     ("left", "environment", "keeps"),
     [
-        (2**30, {}, True),
+        (2**40, {}, True),
         (2**26, {}, False),
-        (2**30, {allocator.SHARERS: "9"}, False),
+        (2**40, {allocator.SHARERS: "100000"}, False),
         (2**40, {"MALLOC_ARENA_MAX": "8"}, False),
     ],
     ids=["room", "no room", "shared", "set up by the environment"],
