@@ -17,8 +17,8 @@ gathered. Tiles that the mask rules out are never visited, and tiles that it all
 heads and batch rows; where heads have masks of their own, each head goes by its own lists.
 
 Arrays stay as they were given, [B, L, H, D], and only a tile of them is ever turned round: inside a tile they are [B, H, L, D].
-The products that sum over queries are written as [D, q] by [q, k], which gives dk and dv
-transposed: on CPU the product that would give them directly takes twice the time.
+The products that sum over queries are written as [D, q] by [q, k], which gives dk and dv transposed: on CPU the product that
+would give them directly takes twice the time.
 """
 
 import dataclasses
