@@ -157,6 +157,16 @@ def _through_states(
 
 @triton.jit
 @no_type_check
+def _largest(states, dtype: tl.constexpr, number: tl.constexpr):
+    """The largest `_size` of so many parts of a state."""
+    size = _size(states[0], dtype)
+    for k in tl.static_range(1, number):
+        size = tl.maximum(size, _size(states[k], dtype))
+    return size
+
+
+@triton.jit
+@no_type_check
 def backward(
     x, dt, log_decay, B, C, D, kept, dy, dlast,
     dx, ddt_parts, dlog_decay_parts, dB_parts, dC_parts, dD_parts, dh0,
@@ -188,9 +198,7 @@ def backward(
         high, low, blocked = _log_decays(log_decay + first * H + head, q * H, valid, DECAYS)
         decays, entering, leaving, through = _passing(high, low, Q)
         B_c, C_c = B + group_start, C + group_start
-        size = _size(adjoint[0], x_t.dtype)
-        for k in tl.static_range(1, N // BN):
-            size = tl.maximum(size, _size(adjoint[k], x_t.dtype))
+        size = _largest(adjoint, x_t.dtype, N // BN)
         weights, dwritten = _products(B_c, C_c, adjoint, size, states_of_chunk, valid, Q, BP, N, BN)
         weights, dwritten = weights * decays, dwritten * leaving[:, None]
         pairs = tl.dot(dy_t, tl.trans(x_t)) * dt_t[None, :]

@@ -136,8 +136,11 @@ def added_to(call: Call) -> bool:
 
 
 def _fitted(name: str, size: Blocks, head_size: int, call: Call) -> Blocks:
-    """These blocks with fewer stages, where what comes with each pair of a tile would not fit in shared memory beside as many;
-    where only one would fit, with tiles half as wide, so that one is copied while another is at work."""
+    """These blocks with fewer stages, where what comes with each pair of a tile would not fit in shared memory beside as many.
+
+    Where only one stage would fit, tiles are half as wide, so that one is copied while another is at work. Blocks that fit in no
+    such form stay as they are: the launch says what they ask for.
+    """
     stages, widths = range(size.stages, 1, -1), (size.visited, size.visited // 2)
     smaller = (size._replace(visited=visited, stages=n) for visited in widths for n in stages)
     return next((blocks for blocks in smaller if _shared_bytes(name, blocks, head_size, call) <= SHARED_BYTES), size)
