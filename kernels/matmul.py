@@ -1,4 +1,4 @@
-"""Products written as XLA's CPU backend computes them, or their gradients, fastest: by weight matrices, and of rows by rows.
+"""Products written as XLA's CPU backend computes them, or their gradients, fastest: by weights, in batches, of rows by rows.
 
 The weight gradient of x [B, L, E] times w [E, F] contracts the two axes (B, L). XLA brings a product with two contracted axes
 to matrix form by copying the cotangent, together with whatever elementwise function made it (the derivative of a GELU, say),
@@ -6,8 +6,11 @@ in transposed order, which on CPU costs several times the product itself. Flatte
 and nothing is copied. The result is the same; other backends do not care.
 """
 
+import functools
 import math
 
+import jax
+import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Inexact
 
@@ -34,6 +37,51 @@ def dot_general(lhs: Inexact[Array, "..."], rhs: Inexact[Array, "..."], dimensio
     contracted = math.prod(rhs.shape[:n])
     x, w = lhs.reshape(math.prod(rows), contracted), rhs.reshape(contracted, math.prod(columns))
     return lax.dot_general(x, w, (((1,), (0,)), ((), ())), **options).reshape(*rows, *columns)
+
+
+PART = 2**15
+"""How many elements of a reduction XLA's CPU backend takes for one part, in its products' library (YNNPACK)."""
+
+
+def batched(axes: str, x: Inexact[Array, "*batch _ _"], y: Inexact[Array, "*batch _ _"], dtype) -> Inexact[Array, "*batch M N"]:
+    """`jnp.einsum(axes, x, y)`, products of matrices summed and returned in `dtype`; on CPU all cores share small ones.
+
+    XLA's CPU backend (jaxlib 0.10.2) parts a large product of matrices among cores, but not a batch of small ones: they run on
+    one core, one after the other. A product that is reduced is computed part by part of the reduction, and these go to all
+    cores. So small products are reduced: to their rows' maxima, to return min(product, maximum), which is the product; or, where
+    they are few, over two halves of the sum that each is. `python -m benchmarks.small_products` measures what it gives. Where
+    there is a NaN, all of its row may become NaN.
+    """
+    product = functools.partial(jnp.einsum, preferred_element_type=dtype)
+    of_x, of_y, out = axes.replace("->", ",").split(",")
+    size = dict(zip(of_x + of_y, x.shape + y.shape, strict=True))
+    (k,) = (set(of_x) & set(of_y)) - set(out)
+    M, N, K, total = size[out[-2]], size[out[-1]], size[k], math.prod(size[axis] for axis in out)
+    if jax.default_backend() != "cpu" or dtype != jnp.float32 or total == M * N or not _is_left_to_one_core(M, N, K):
+        return product(axes, x, y)
+    if total > PART:
+        return _reduced(product(axes, x, y))
+    if 2 * total > PART and K % 2 == 0:
+        x, y = (v.reshape(*v.shape[: (at := of.index(k))], 2, K // 2, *v.shape[at + 1 :]) for v, of in ((x, of_x), (y, of_y)))
+        halves = f"{of_x},{of_y}->".replace(k, "Z" + k) + f"{out[:-2]}Z{out[-2:]}"
+        return product(halves, x, y).sum(axis=-3)
+    return product(axes, x, y)
+
+
+def _is_left_to_one_core(M: int, N: int, K: int) -> bool:
+    """Whether YNNPACK leaves a product of M x K by K x N in one part: its `choose_split_factors`, for sizes in powers of 2."""
+    return M * N < 2**17 and (M + N - max(M, N) / 2) * min(K, 1024) < 2**16
+
+
+@jax.custom_jvp
+def _reduced(x: Inexact[Array, "*rows N"]) -> Inexact[Array, "*rows N"]:
+    """x, by way of a reduction; differentiated as what it is, the identity."""
+    return jnp.minimum(x, x.max(axis=-1, keepdims=True))
+
+
+@_reduced.defjvp
+def _reduced_jvp(primals, tangents):
+    return _reduced(*primals), *tangents
 
 
 def inner(x: Inexact[Array, "*rows D"], y: Inexact[Array, "*rows D"]) -> Inexact[Array, "*rows"]:

@@ -35,7 +35,7 @@ from kernels.attention import biases, residues, tiles
 from kernels.attention.call import Call, default_positions, statistics_dtype, transform_scores
 from kernels.attention.masks import of_heads
 from kernels.attention.tiles import TileList, TileSizes, Tiling
-from kernels.matmul import inner
+from kernels.matmul import batched, inner
 
 TILE_SIZES = TileSizes()
 SCORES_ON_A_DEVICE = 2**24
@@ -271,15 +271,14 @@ class Row(Group):
         spans, heads = self.call.spans, len(of_heads(self.call.mask))
         return (0 if heads == 1 else self.windows["H"][0]) + (0 if spans is None else spans.which * heads)
 
-    def scores(self, blocks, tested: bool):
-        """The function (products, bias of the tile) -> scores [B, H, q, k], -inf where not allowed."""
+    def scores(self, blocks):
+        """The function (products, bias of the tile) -> scores [B, H, q, k]."""
         q_pos, kv_pos = self._positions(blocks)
+        return lambda products, bias: transform_scores(self.call, bias, products, q_pos, kv_pos, self.index("H"))
 
-        def scores(products, bias):
-            s = transform_scores(self.call, bias, products, q_pos, kv_pos, self.index("H"))
-            return jnp.where(self._allowed(blocks, q_pos, kv_pos), s, -jnp.inf) if tested else s
-
-        return scores
+    def tested(self, s: Float[Array, "B H q k"], blocks, tested: bool) -> Float[Array, "B H q k"]:
+        """The scores of a tile, -inf where not allowed, if that is to be tested."""
+        return jnp.where(self._allowed(blocks, *self._positions(blocks)), s, -jnp.inf) if tested else s
 
     def _positions(self, blocks) -> tuple[Int[Array, "_ q"], Int[Array, "_ k"]]:
         call, t = self.call, self.tiling
@@ -321,8 +320,7 @@ class Row(Group):
 
     def products(self, q: Float[Array, "b g n D"], k: Float[Array, "b g k D"]) -> Float[Array, "b h q k"]:
         """scale q k^T, by query head, of queries multiplied by their part of the scale."""
-        products = jnp.einsum("bgnd,bgkd->bgnk", q, k, preferred_element_type=statistics_dtype(q.dtype))
-        return self.scales[1] * self.by_head(products)
+        return self.scales[1] * self.by_head(batched("bgnd,bgkd->bgnk", q, k, statistics_dtype(q.dtype)))
 
     def by_head(self, x):
         """[b, g, r q, ...] to [b, h, q, ...], r being the query heads of one key/value head."""
@@ -346,15 +344,15 @@ def _forward_row(row: Row) -> tuple[Float[Array, "b h q Dv"], Float[Array, "b h 
     def visit(carry, blocks, tested):
         m, l, acc = carry
         k, v = row.take(call.k, blocks), row.take(call.v, blocks)
-        s = row.scores(blocks, tested)(row.products(q, k), biases.cut(call.bias, row.bias_windows(blocks)))
+        s = row.scores(blocks)(row.products(q, k), biases.cut(call.bias, row.bias_windows(blocks)))
+        s = row.tested(s, blocks, tested)
         m_new = jnp.maximum(m, s.max(axis=-1))
         shift = jnp.where(m_new == -jnp.inf, 0, m_new)
         p = jnp.exp(s - shift[..., None])
         rescale = jnp.exp(m - shift)
         l = rescale * l + p.sum(axis=-1)
         p = row.by_kv_head(p * row.dropout(blocks)).astype(v.dtype)
-        pv = jnp.einsum("bgnk,bgkd->bgnd", p, v, preferred_element_type=dtype)
-        return m_new, l, rescale[..., None] * acc + row.by_head(pv)
+        return m_new, l, rescale[..., None] * acc + row.by_head(batched("bgnk,bgkd->bgnd", p, v, dtype))
 
     shape = row.by_head(q).shape[:3]
     start = jnp.full(shape, -jnp.inf, dtype), jnp.zeros(shape, dtype), jnp.zeros((*shape, call.v.shape[-1]), dtype)
@@ -369,14 +367,15 @@ def _backward_row(row: Row, lse, dout, delta, *totals):
     q, do = q_scale * row.queries(call.q), row.queries(dout)
     q_t, do_t = jnp.swapaxes(q, 2, 3), jnp.swapaxes(do, 2, 3)
     lse, delta = (row.cut(x, "BLH")[..., None] for x in (lse, delta))
-    product = functools.partial(jnp.einsum, preferred_element_type=lse.dtype)
+
+    product = functools.partial(batched, dtype=lse.dtype)
 
     def visit(carry, blocks, tested):
         dq, dk, dv, dbias = carry
         k, v = row.take(call.k, blocks), row.take(call.v, blocks)
         windows = row.bias_windows(blocks)
-        s, pullback = jax.vjp(row.scores(blocks, tested), row.products(q, k), biases.cut(call.bias, windows))
-        p = jnp.exp(s - lse)
+        s, pullback = jax.vjp(row.scores(blocks), row.products(q, k), biases.cut(call.bias, windows))
+        p = jnp.exp(row.tested(s, blocks, tested) - lse)
         keep = row.dropout(blocks)
         dp = row.by_head(product("bgnd,bgkd->bgnk", do, v)) * keep
         ds, dbias_tile = pullback(p * (dp - delta))

@@ -236,22 +236,20 @@ def _stretches(mask: Mask, L: int, S: int, q_tile: int, kv_tile: int) -> Int[nda
 class TileSizes:
     """What `cheapest` chooses from, and by what it judges; fitted on a CPU of two cores with 1 MiB of second-level cache each.
 
-    On eleven patterns, forward and backward, it chose tilings that take 3 % longer than the best of some forty each, at most
-    21 % (jaxlib 0.10.2). A visit's overhead is large since XLA gives a product of few pairs a head to one core alone.
+    On eleven patterns, forward and backward, it chose tilings that take 2 % longer than the best of some thirty each, at most
+    18 % (jaxlib 0.10.2).
 
     q_tiles, kv_blocks: sizes to try, beside L and S themselves where these are smaller.
     keys, scores: the most keys of a head, and scores of all heads and batch rows, in a tile; heads are put together up to them.
     visit_overhead, key_overhead: what a visit costs beside its pairs, in pairs: as such, and for each key.
-    block_overhead: what each block costs more where a visit gathers several.
     """
 
     q_tiles: tuple[int, ...] = (64, 128, 256, 512)
     kv_blocks: tuple[int, ...] = (32, 64, 128, 256, 512)
     keys: int = 512
     scores: int = 2**20
-    visit_overhead: int = 40_000
+    visit_overhead: int = 2_000
     key_overhead: int = 20
-    block_overhead: int = 1_000
 
     def candidates(self, B: int, L: int, S: int, gather: bool) -> Iterator[tuple[int, int, int, bool]]:
         """(q_tile, kv_block, width, gathered) worth a look.
@@ -277,8 +275,7 @@ class TileSizes:
         else:
             lengths = _counts(mask, L, S, q_tile, kv_block) if gathered else _stretches(mask, L, S, q_tile, kv_block)
             visits = (-(-lengths // width)).sum()
-        each = self.visit_overhead + width * kv_block * (q_tile + self.key_overhead)
-        return float(visits * (each + width * self.block_overhead * gathered))
+        return float(visits * (self.visit_overhead + width * kv_block * (q_tile + self.key_overhead)))
 
     def heads(self, B: int, H: int, together: int | None, q_tile: int, keys: int) -> tuple[int, int]:
         """(batch rows, heads) of a tile of so many queries and keys of each head: as many as fit."""

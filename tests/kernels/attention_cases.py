@@ -36,7 +36,7 @@ from kernels.attention.masks import (
 TESTED_APART = frozenset({"cudnn", "decode", "mosaic", "ring"})
 """Implementations that take no float32, or need a mesh, and have tests of their own."""
 
-SMALL_TILES = tiles.TileSizes((8, 16), (8, 16), keys=32, scores=1024, visit_overhead=100, block_overhead=1)
+SMALL_TILES = tiles.TileSizes((8, 16), (8, 16), keys=32, scores=1024, visit_overhead=100)
 """Tiles of at most 16 x 32, so that short sequences have many."""
 
 SCATTERED = tuple(range(0, 64, 3))

@@ -338,14 +338,14 @@ def test_chunked_is_deterministic(small_tiles):
 
 
 def test_chunked_memory_is_linear_in_length():
-    """Temporary bytes of forward and backward for 4x the length: about 4x chunked, 16x dense."""
+    """Temporary bytes of forward and backward for 4x the length: at most 4x chunked, 16x dense."""
 
     def temporary_bytes(name, L):
         x = jax.ShapeDtypeStruct((1, L, 2, 8), jnp.float32)
         loss = jax.grad(lambda q, k, v: attend(q, k, v, mask=masks.Causal(), implementation=name).sum(), argnums=(0, 1, 2))
         return jax.jit(loss).lower(x, x, x).compile().memory_analysis().temp_size_in_bytes
 
-    assert temporary_bytes("chunked", 8192) < 5 * temporary_bytes("chunked", 2048)
+    assert temporary_bytes("chunked", 32768) < 4 * temporary_bytes("chunked", 8192)  # where tiles are of one size
     assert temporary_bytes("reference", 8192) > 12 * temporary_bytes("reference", 2048)
 
 

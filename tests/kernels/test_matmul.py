@@ -1,5 +1,6 @@
-"""dot_general: the library's values and gradients, and weight gradients that contract one axis."""
+"""Products: the library's values and gradients; weight gradients contract one axis, small products are reduced."""
 
+import functools
 import re
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from kernels.matmul import dot_general, inner, matmul, scaled
+from kernels.matmul import batched, dot_general, inner, matmul, scaled
 
 # shapes of both operands, contracted axes of both: Dense, DenseGeneral in and out of heads, and two that pass through
 CASES = [
@@ -65,3 +66,56 @@ def test_products_of_rows_equal_multiplications_and_sums(shape):
             for got, expected in zip(run(ours, *arguments), run(plain, *arguments), strict=True):
                 np.testing.assert_allclose(got, expected, rtol=1e-12, atol=1e-12)
     assert inner(jnp.ones((2, 3), jnp.bfloat16), jnp.ones((2, 3), jnp.bfloat16)).dtype == jnp.bfloat16
+
+
+# axes, batch, M, N, K, and how each is computed: as it is, by its rows' maxima, in two halves of its sum
+SMALL = [
+    ("bhqd,bhkd->bhqk", (1, 8), 128, 384, 64, "maxima"),
+    ("bhqk,bhkd->bhqd", (2, 4), 128, 64, 384, "maxima"),
+    ("bhdq,bhqk->bhdk", (1, 8), 64, 320, 63, "maxima"),
+    ("bhqk,bhkd->bhqd", (1, 8), 64, 64, 320, "halves"),
+    ("bhqk,bhkd->bhqd", (1, 8), 64, 64, 321, "as it is"),  # an odd sum
+    ("bhqk,bhkd->bhqd", (1, 2), 64, 64, 320, "as it is"),  # too few
+    ("bhqd,bhkd->bhqk", (1, 1), 128, 384, 64, "as it is"),  # no batch
+    ("bhqd,bhkd->bhqk", (1, 2), 512, 512, 64, "as it is"),  # large
+]
+
+
+@pytest.mark.parametrize(("axes", "batch", "M", "N", "K", "way"), SMALL)
+def test_small_products_equal_the_librarys(axes, batch, M, N, K, way, quick_compile):
+    sizes = dict(zip(axes.split("->")[1], (*batch, M, N)))
+    x_axes, y_axes = axes.split("->")[0].split(",")
+    sizes |= dict.fromkeys(set(x_axes) - set(sizes), K)
+    rng = np.random.default_rng(0)
+    shapes = [[sizes[axis] for axis in of] for of in (x_axes, y_axes, axes.split("->")[1])]
+    x, y, cotangent = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
+
+    def run(product, x, y):
+        out, pullback = jax.vjp(product, x, y)
+        return out, *pullback(cotangent)
+
+    ours = functools.partial(batched, axes, dtype=jnp.float32)
+    for got, expected in zip(run(ours, x, y), run(functools.partial(jnp.einsum, axes), x, y), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
+    trace = str(jax.make_jaxpr(ours)(x, y))
+    reductions = {"reduce_max": "maxima", "reduce_sum": "halves"}
+    expected = way if jax.default_backend() == "cpu" else "as it is"
+    assert [reductions[name] for name in reductions if name in trace] == [expected] * (expected != "as it is")
+
+
+def test_small_products_of_any_value_are_themselves():
+    """Ties, rows of zeros, the largest and smallest numbers there are, and maxima at either end of a row."""
+    y = jnp.tile(jnp.arange(64.0) - 32, (16, 64, 1))
+    y = y.at[:, 0].set(0).at[:, 1].set(-3e38).at[:, 2, 3].set(3e38).at[:, 4].set(y[:, 4, ::-1])
+    ours = functools.partial(batched, "bqk,bkd->bqd", dtype=jnp.float32)
+    x = jnp.tile(jnp.eye(64)[None], (16, 1, 1))
+    assert jax.default_backend() != "cpu" or "reduce_max" in str(jax.make_jaxpr(ours)(x, y))
+    np.testing.assert_array_equal(ours(x, y), y)
+
+
+def test_small_products_in_double_precision_are_left_alone():
+    x = jnp.ones((8, 128, 64), jnp.bfloat16)
+    assert batched("bqd,bkd->bqk", x, x, jnp.float32).dtype == jnp.float32
+    with jax.enable_x64(True):
+        x = jnp.ones((8, 128, 64), jnp.float64)
+        assert "reduce" not in str(jax.make_jaxpr(lambda x: batched("bqd,bkd->bqk", x, x, jnp.float64))(x))
