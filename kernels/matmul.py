@@ -43,8 +43,8 @@ PART = 2**15
 """How many elements of a reduction XLA's CPU backend takes for one part, in its products' library (YNNPACK)."""
 
 
-def batched(axes: str, x: Inexact[Array, "*batch _ _"], y: Inexact[Array, "*batch _ _"], dtype) -> Inexact[Array, "*batch M N"]:
-    """`jnp.einsum(axes, x, y)`, products of matrices summed and returned in `dtype`; on CPU all cores share small ones.
+def batched(axes: str, x: Inexact[Array, "..."], y: Inexact[Array, "..."], dtype, **options) -> Inexact[Array, "*batch M N"]:
+    """`jnp.einsum(axes, x, y, **options)` in `dtype`, a batch of products of matrices; on CPU all cores share small ones.
 
     XLA's CPU backend (jaxlib 0.10.2) parts a large product of matrices among cores, but not a batch of small ones: they run on
     one core, one after the other. A product that is reduced is computed part by part of the reduction, and these go to all
@@ -52,17 +52,18 @@ def batched(axes: str, x: Inexact[Array, "*batch _ _"], y: Inexact[Array, "*batc
     they are few, over two halves of the sum that each is. `python -m benchmarks.small_products` measures what it gives. Where
     there is a NaN, all of its row may become NaN.
     """
-    product = functools.partial(jnp.einsum, preferred_element_type=dtype)
+    product = functools.partial(jnp.einsum, preferred_element_type=dtype, **options)
     of_x, of_y, out = axes.replace("->", ",").split(",")
     size = dict(zip(of_x + of_y, x.shape + y.shape, strict=True))
     (k,) = (set(of_x) & set(of_y)) - set(out)
-    M, N, K, total = size[out[-2]], size[out[-1]], size[k], math.prod(size[axis] for axis in out)
-    if jax.default_backend() != "cpu" or dtype != jnp.float32 or total == M * N or not _is_left_to_one_core(M, N, K):
+    M, N, total = (math.prod(size[axis] for axis in of) for of in (set(out) - set(of_y), set(out) - set(of_x), out))
+    is_small = total > M * N and _is_left_to_one_core(M, N, size[k])
+    if jax.default_backend() != "cpu" or dtype != jnp.float32 or not is_small:
         return product(axes, x, y)
     if total > PART:
         return _reduced(product(axes, x, y))
-    if 2 * total > PART and K % 2 == 0:
-        x, y = (v.reshape(*v.shape[: (at := of.index(k))], 2, K // 2, *v.shape[at + 1 :]) for v, of in ((x, of_x), (y, of_y)))
+    if 2 * total > PART and size[k] % 2 == 0:
+        x, y = (v.reshape(*v.shape[: (at := of.index(k))], 2, -1, *v.shape[at + 1 :]) for v, of in ((x, of_x), (y, of_y)))
         halves = f"{of_x},{of_y}->".replace(k, "Z" + k) + f"{out[:-2]}Z{out[-2:]}"
         return product(halves, x, y).sum(axis=-3)
     return product(axes, x, y)
