@@ -73,12 +73,12 @@ def uncached(model: LanguageModel, variables: dict, length: int):
 
 def measure_cache(lengths: list[int], repeats: int) -> list[dict]:
     """Milliseconds a token after each length."""
-    rows = []
+    rows, calls = [], 1 + 2 * repeats  # the most that `take_turns` makes
     for name, mixer in (("attention", ATTENTION), ("mamba", MAMBA)):
         runs = {}
         for length in lengths:
             model, variables = language_model(mixer, length)
-            runs["cached", length] = cached(model, variables, length, repeats + 1)
+            runs["cached", length] = cached(model, variables, length, calls)
             runs["uncached", length] = uncached(model, variables, length)
         times = harness.take_turns(runs, repeats)
         for length in lengths:

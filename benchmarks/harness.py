@@ -19,14 +19,14 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
 SHORT = 0.5
-"""Seconds up to which a run is run once more before it is timed."""
+"""A run that takes fewer seconds is run once, untimed, before it is timed."""
 
 
 def take_turns(runs: Mapping[Any, Callable[[], Any]], repeats: int) -> dict[Any, list[float]]:
     """Milliseconds of every run in each of `repeats` turns, A B C A B C ..., after one turn that compiles.
 
     Turns let a change in the machine's load meet all of them, so that their ratio within a turn is what to trust. Between runs
-    there is a pause, in which the gigabytes that one took go back to the system; a short one would be charged with waking up.
+    there is a pause, in which the gigabytes that one took go back to the system; short runs are warmed up after it.
     """
 
     def seconds(run) -> float:
@@ -34,7 +34,9 @@ def take_turns(runs: Mapping[Any, Callable[[], Any]], repeats: int) -> dict[Any,
         jax.block_until_ready(run())
         return time.perf_counter() - start
 
-    last = {key: seconds(run) for key, run in runs.items()}
+    for run in runs.values():
+        seconds(run)
+    last = dict.fromkeys(runs, 0.0)
     times: dict[Any, list[float]] = {key: [] for key in runs}
     for _ in range(repeats):
         for key, run in runs.items():

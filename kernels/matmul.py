@@ -40,19 +40,20 @@ def dot_general(lhs: Inexact[Array, "..."], rhs: Inexact[Array, "..."], dimensio
 
 
 PART = 2**15
-"""How many elements of a reduction XLA's CPU backend takes for one part, in its products' library (YNNPACK)."""
+"""About how many elements of a reduction XLA's CPU backend takes for one part (YNNPACK's `make_split_factors`)."""
+
+LOWEST = float(jnp.finfo(jnp.float32).min)
 
 
-def batched(axes: str, x: Inexact[Array, "..."], y: Inexact[Array, "..."], dtype, **options) -> Inexact[Array, "*batch M N"]:
-    """`jnp.einsum(axes, x, y, **options)` in `dtype`, a batch of products of matrices; on CPU all cores share small ones.
+def batched(axes: str, x: Inexact[Array, "..."], y: Inexact[Array, "..."], dtype) -> Inexact[Array, "*batch M N"]:
+    """`jnp.einsum(axes, x, y)` in `dtype`, a batch of products of matrices; on CPU all cores share small ones.
 
     XLA's CPU backend (jaxlib 0.10.2) parts a large product of matrices among cores, but not a batch of small ones: they run on
     one core, one after the other. A product that is reduced is computed part by part of the reduction, and these go to all
-    cores. So small products are reduced: to their rows' maxima, to return min(product, maximum), which is the product; or, where
-    they are few, over two halves of the sum that each is. `python -m benchmarks.small_products` measures what it gives. Where
-    there is a NaN, all of its row may become NaN.
+    cores. So small products are reduced, in a way that changes nothing, or, where there are few of them, the summed axis is cut
+    in two and both products are added. `python -m benchmarks.small_products` measures what it gives.
     """
-    product = functools.partial(jnp.einsum, preferred_element_type=dtype, **options)
+    product = functools.partial(jnp.einsum, preferred_element_type=dtype)
     of_x, of_y, out = axes.replace("->", ",").split(",")
     size = dict(zip(of_x + of_y, x.shape + y.shape, strict=True))
     (k,) = (set(of_x) & set(of_y)) - set(out)
@@ -70,14 +71,19 @@ def batched(axes: str, x: Inexact[Array, "..."], y: Inexact[Array, "..."], dtype
 
 
 def _is_left_to_one_core(M: int, N: int, K: int) -> bool:
-    """Whether YNNPACK leaves a product of M x K by K x N in one part: its `choose_split_factors`, for sizes in powers of 2."""
+    """Whether YNNPACK leaves a product of M x K by K x N in one part: about the rule of its `choose_split_factors`."""
     return M * N < 2**17 and (M + N - max(M, N) / 2) * min(K, 1024) < 2**16
 
 
 @jax.custom_jvp
 def _reduced(x: Inexact[Array, "*rows N"]) -> Inexact[Array, "*rows N"]:
-    """x, by way of a reduction; differentiated as what it is, the identity."""
-    return jnp.minimum(x, x.max(axis=-1, keepdims=True))
+    """x, by way of a reduction; differentiated as what it is, the identity.
+
+    Each row is reduced to a number that no other is below, and x is the larger one. YNNPACK's minimum and maximum give their
+    second operand where one is NaN (on x86): in this order NaN and infinities stay where they are, and change nothing else.
+    """
+    floor = jnp.minimum(x, LOWEST).min(axis=-1, keepdims=True)
+    return jnp.maximum(floor, x)
 
 
 @_reduced.defjvp

@@ -276,8 +276,8 @@ class Row(Group):
         q_pos, kv_pos = self._positions(blocks)
         return lambda products, bias: transform_scores(self.call, bias, products, q_pos, kv_pos, self.index("H"))
 
-    def tested(self, s: Float[Array, "B H q k"], blocks, tested: bool) -> Float[Array, "B H q k"]:
-        """The scores of a tile, -inf where not allowed, if that is to be tested."""
+    def masked(self, s: Float[Array, "B H q k"], blocks, tested: bool) -> Float[Array, "B H q k"]:
+        """The scores of a tile, -inf where not allowed, if that is to be tested; gradients of the others are 0 by p = 0."""
         return jnp.where(self._allowed(blocks, *self._positions(blocks)), s, -jnp.inf) if tested else s
 
     def _positions(self, blocks) -> tuple[Int[Array, "_ q"], Int[Array, "_ k"]]:
@@ -345,7 +345,7 @@ def _forward_row(row: Row) -> tuple[Float[Array, "b h q Dv"], Float[Array, "b h 
         m, l, acc = carry
         k, v = row.take(call.k, blocks), row.take(call.v, blocks)
         s = row.scores(blocks)(row.products(q, k), biases.cut(call.bias, row.bias_windows(blocks)))
-        s = row.tested(s, blocks, tested)
+        s = row.masked(s, blocks, tested)
         m_new = jnp.maximum(m, s.max(axis=-1))
         shift = jnp.where(m_new == -jnp.inf, 0, m_new)
         p = jnp.exp(s - shift[..., None])
@@ -367,7 +367,6 @@ def _backward_row(row: Row, lse, dout, delta, *totals):
     q, do = q_scale * row.queries(call.q), row.queries(dout)
     q_t, do_t = jnp.swapaxes(q, 2, 3), jnp.swapaxes(do, 2, 3)
     lse, delta = (row.cut(x, "BLH")[..., None] for x in (lse, delta))
-
     product = functools.partial(batched, dtype=lse.dtype)
 
     def visit(carry, blocks, tested):
@@ -375,7 +374,7 @@ def _backward_row(row: Row, lse, dout, delta, *totals):
         k, v = row.take(call.k, blocks), row.take(call.v, blocks)
         windows = row.bias_windows(blocks)
         s, pullback = jax.vjp(row.scores(blocks), row.products(q, k), biases.cut(call.bias, windows))
-        p = jnp.exp(row.tested(s, blocks, tested) - lse)
+        p = jnp.exp(row.masked(s, blocks, tested) - lse)
         keep = row.dropout(blocks)
         dp = row.by_head(product("bgnd,bgkd->bgnk", do, v)) * keep
         ds, dbias_tile = pullback(p * (dp - delta))

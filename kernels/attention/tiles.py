@@ -234,10 +234,10 @@ def _stretches(mask: Mask, L: int, S: int, q_tile: int, kv_tile: int) -> Int[nda
 
 @dataclasses.dataclass(frozen=True)
 class TileSizes:
-    """What `cheapest` chooses from, and by what it judges; fitted on a CPU of two cores with 1 MiB of second-level cache each.
+    """What `cheapest` chooses from, and by what it judges.
 
-    On eleven patterns, forward and backward, it chose tilings that take 2 % longer than the best of some thirty each, at most
-    16 % (jaxlib 0.10.2).
+    Fitted to times of some thirty tilings of eleven patterns, forward and backward, on a CPU of two cores with 1 MiB of
+    second-level cache each (jaxlib 0.10.2).
 
     q_tiles, kv_blocks: sizes to try, beside L and S themselves where these are smaller.
     keys, scores: the most keys of a head, and scores of all heads and batch rows, in a tile; heads are put together up to them.
