@@ -1,11 +1,12 @@
 """Whether `chunked` does work in proportion to its pattern: pairs computed and time of sparse patterns, against dense attention.
 
     python -m benchmarks.attention_work --out=results/cpu/attention_work.json
+    python -m benchmarks.attention_work --kept --out=results/cpu/attention_work_kept.json
 
 One batch row, 8 heads of size 64, float32, L = 8192. A causal pattern is compared with dense causal attention, another one with
 dense attention, in turns. `density` is the share of the dense form's pairs that the pattern allows; `visited` the share of them
 that lie in visited tiles, counted inside the loop; `time` the share of its time: time / density = 1 is time in
-proportion.
+proportion. `--kept`: in a process that keeps its memory, as train.py's does on a CPU.
 """
 
 import argparse
@@ -101,11 +102,14 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=8192)
     parser.add_argument("--patterns", nargs="+", help="default: all of them")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--kept", action="store_true", help="keep freed memory, as train.py does on a CPU")
     parser.add_argument("--out", help="write the figures to this JSON file")
     args = parser.parse_args()
+    if args.kept:
+        harness.keep_memory()
     rows = [measure(name, args.length, args.repeats) for name in args.patterns or patterns(args.length)]
     print(harness.markdown(rows))
-    harness.write(args.out, rows, length=args.length, heads=HEADS, head_dim=HEAD_DIM)
+    harness.write(args.out, rows, length=args.length, heads=HEADS, head_dim=HEAD_DIM, kept=args.kept)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ from typing import Any
 
 import jax
 
+from efficient_attn import allocator
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
@@ -46,6 +48,13 @@ def take_turns(runs: Mapping[Any, Callable[[], Any]], repeats: int) -> dict[Any,
             times[key].append(1e3 * last[key])
             time.sleep(min(last[key], 1))
     return times
+
+
+def keep_memory() -> None:
+    """Freed memory is kept from now on, as train.py does on a CPU: no run is charged with pages that it takes anew."""
+    allocator.share_one_heap()
+    if not allocator.keep_freed():
+        sys.exit("this machine has too little memory left to keep what is freed, or its allocator is set up by the environment")
 
 
 def ratio(times: Sequence[float], baseline: Sequence[float]) -> dict[str, float]:

@@ -81,6 +81,7 @@ def _reduced(x: Inexact[Array, "*rows N"]) -> Inexact[Array, "*rows N"]:
 
     Each row is reduced to a number that no other is below, and x is the larger one. YNNPACK's minimum and maximum give their
     second operand where one is NaN (on x86): in this order NaN and infinities stay where they are, and change nothing else.
+    Computed by other means, a NaN becomes all of its row.
     """
     floor = jnp.minimum(x, LOWEST).min(axis=-1, keepdims=True)
     return jnp.maximum(floor, x)
