@@ -7,7 +7,7 @@ import pathlib
 
 from absl import flags
 
-from efficient_attn import allocator, cli
+from efficient_attn import cli
 
 CONFIG = cli.define_config()
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; by default runs/<config>-<recipe>-s<seed>.")
@@ -21,8 +21,9 @@ flags.mark_flag_as_required("config")
 
 
 def main() -> None:
-    allocator.share_one_heap()
-    from efficient_attn import distributed, plan, training
+    from efficient_attn import allocator, distributed, plan, training
+
+    allocator.compute_in_callers_thread()
 
     if CHECK.value:
         print(plan.describe(plan.make_plan(CONFIG.value)))

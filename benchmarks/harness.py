@@ -52,7 +52,7 @@ def take_turns(runs: Mapping[Any, Callable[[], Any]], repeats: int) -> dict[Any,
 
 def keep_memory() -> None:
     """Freed memory is kept from now on, as train.py does on a CPU: no run is charged with pages that it takes anew."""
-    allocator.share_one_heap()
+    allocator.compute_in_callers_thread()
     if not allocator.keep_freed():
         sys.exit("this machine has too little memory left to keep what is freed, or its allocator is set up by the environment")
 

@@ -4,6 +4,10 @@ XLA's CPU backend allocates the temporary arrays of a step when the step begins 
 large blocks from the system anew each time, and the system clears them page by page as each is first touched. A process that
 keeps its memory touches it once (`python -m benchmarks.kept_memory`).
 
+Only a process's main thread can keep blocks of any size: the heaps of others end at 64 MB, and what is larger they map anew,
+whatever they are told. So computations run, and take their memory, in the thread that asks for them. (One heap for all threads
+would do too, but then those of XLA wait for each other at every small block: BigBird's steps took 1.5 times as long.)
+
 What is kept cannot go to others, and while steps overlap and small blocks lie between them, a process has come to hold 3.4 times
 what it needs. So it keeps its memory only where that is affordable, by `ROOM`. Where the environment sets the allocator up
 (MALLOC_..., GLIBC_TUNABLES, be it to nothing), and with other C libraries, nothing is done.
@@ -17,7 +21,9 @@ import resource
 import sys
 from collections.abc import Iterator
 
-M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
+import jax
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 """Options of mallopt(3)."""
 
 ROOM = 4
@@ -30,15 +36,15 @@ GROUPS = {"v2": ("", "memory.max", "memory.current"), "v1": ("memory", "memory.l
 """Of the two versions of control groups: the folder in /sys/fs/cgroup, the files of a group's limit and of its use."""
 
 
-def share_one_heap() -> None:
-    """All threads allocate from one heap, since others are too small for large blocks; to be called before threads start."""
+def compute_in_callers_thread() -> None:
+    """Computations on a CPU allocate in the thread that asks for them, the main one; to be called before the first of them."""
     if _is_ours():
-        _mallopt()(M_ARENA_MAX, 1)
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
 @functools.cache
 def keep_freed() -> bool:
-    """From now on all blocks are of the heap and its end is never given back, where that is affordable; returns whether.
+    """From now on the main thread's blocks are of the heap, whose end is never given back, where affordable; returns whether.
 
     To be called when memory has been at its largest, after a first step. It decides once: later calls return what the first did.
     """
