@@ -3,10 +3,10 @@
     python -m benchmarks.attention_work --out=results/cpu/attention_work.json
     python -m benchmarks.attention_work --kept --out=results/cpu/attention_work_kept.json
 
-One batch row, 8 heads of size 64, float32, L = 8192. A causal pattern is compared with dense causal attention, another one with
-dense attention, in turns. `density` is the share of the dense form's pairs that the pattern allows; `visited` the share of them
-that lie in visited tiles, counted inside the loop; `time` the share of its time: time / density = 1 is time in
-proportion. `--kept`: in a process that keeps its memory, as train.py's does on a CPU.
+8 heads of size 64, float32, L = 8192, by default of one batch row (`--batch`). A causal pattern is compared with dense causal
+attention, another one with dense attention, in turns. `density` is the share of the dense form's pairs that the pattern
+allows; `visited` the share of them that lie in visited tiles, counted inside the loop; `time` the share of its time: time /
+density = 1 is time in proportion. `--kept`: in a process that keeps its memory, as train.py's does on a CPU.
 """
 
 import argparse
@@ -73,15 +73,15 @@ def visited_pairs(mask: Mask, x: jax.Array) -> tuple[int, str]:
     for call in calls:
         tiling = chunked.tiling_of(call)
         keys = tiling.width * tiling.kv_block
-        pairs += int(chunked.visits(call).sum()) * tiling.b_tile * tiling.h_tile // HEADS * tiling.q_tile * keys
+        pairs += int(chunked.visits(call).sum()) * tiling.b_tile * tiling.h_tile * tiling.q_tile * keys
         sizes.append(f"{tiling.q_tile} x {keys}" + f" gathered by {tiling.kv_block}" * tiling.gathered)
-    return pairs, " and ".join(sizes)
+    return pairs // (len(x) * HEADS), " and ".join(sizes)
 
 
-def measure(name: str, length: int, repeats: int) -> dict:
+def measure(name: str, batch: int, length: int, repeats: int) -> dict:
     """A row of the table."""
     mask, dense = patterns(length)[name]
-    arguments = jax.random.normal(jax.random.key(0), (4, 1, length, HEADS, HEAD_DIM), jnp.float32)
+    arguments = jax.random.normal(jax.random.key(0), (4, batch, length, HEADS, HEAD_DIM), jnp.float32)
     runs = {
         (kind, which): functools.partial(fn, *arguments)
         for kind, of in (("sparse", mask), ("dense", dense))
@@ -99,6 +99,7 @@ def measure(name: str, length: int, repeats: int) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--length", type=int, default=8192)
     parser.add_argument("--patterns", nargs="+", help="default: all of them")
     parser.add_argument("--repeats", type=int, default=5)
@@ -107,9 +108,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.kept:
         harness.keep_memory()
-    rows = [measure(name, args.length, args.repeats) for name in args.patterns or patterns(args.length)]
+    rows = [measure(name, args.batch, args.length, args.repeats) for name in args.patterns or patterns(args.length)]
     print(harness.markdown(rows))
-    harness.write(args.out, rows, length=args.length, heads=HEADS, head_dim=HEAD_DIM, kept=args.kept)
+    harness.write(args.out, rows, batch=args.batch, length=args.length, heads=HEADS, head_dim=HEAD_DIM, kept=args.kept)
 
 
 if __name__ == "__main__":

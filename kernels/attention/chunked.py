@@ -48,21 +48,26 @@ def attend(call: Call) -> tuple[Float[Array, "B L H Dv"], Float[Array, "B L H"]]
 
 
 def _attend_in_order(call: Call) -> tuple[Float[Array, "B L H Dv"], Float[Array, "B L H"]]:
-    """`attend` by tiles of the sequence as it stands."""
-    tiling = tiling_of(call)
+    """`attend` by the cheapest tiles of the sequence as it stands."""
+    return attend_by(tiling_of(call), call)
+
+
+def attend_by(tiling: Tiling, call: Call) -> tuple[Float[Array, "B L H Dv"], Float[Array, "B L H"]]:
+    """`attend` by these tiles."""
     out, lse = _attend(tiling, _pad(call, tiling))
     return out[:, : tiling.L], lse[:, : tiling.L]
 
 
-def tiling_of(call: Call) -> Tiling:
-    """The cheapest tiles for this call."""
+def tiling_of(call: Call, sizes: TileSizes | None = None) -> Tiling:
+    """The cheapest tiles for this call, by the costs of `sizes`, or else of `TILE_SIZES`."""
     (B, L, H, _), (S, G) = call.q.shape, call.k.shape[1:3]
     mask = None if call.q_positions is not None or call.kv_positions is not None else call.mask
     axes = [] if call.bias is None else zip(call.bias.axes(), jax.tree.leaves(call.bias), strict=True)
     gather = not any(name == "S" and size > 1 for at, leaf in axes for name, size in zip(at, leaf.shape))
     together = H // G if len(of_heads(call.mask)) == 1 else None
-    on_cpu = jax.default_backend() == "cpu"
-    sizes = TILE_SIZES if on_cpu else dataclasses.replace(TILE_SIZES, scores=SCORES_ON_A_DEVICE)
+    sizes = sizes or TILE_SIZES
+    if jax.default_backend() != "cpu":
+        sizes = dataclasses.replace(sizes, scores=SCORES_ON_A_DEVICE)
     return tiles.cheapest(sizes, mask, B, H, G, L, S, together=together, gather=gather)
 
 
