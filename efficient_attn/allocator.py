@@ -20,11 +20,14 @@ import pathlib
 import resource
 import sys
 from collections.abc import Iterator
+from typing import TypeVar
 
 import jax
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 """Options of mallopt(3)."""
+
+Inputs = TypeVar("Inputs")
 
 ROOM = 4
 """Memory is kept where the system has so many times as much left as the process has taken at most."""
@@ -37,9 +40,17 @@ GROUPS = {"v2": ("", "memory.max", "memory.current"), "v1": ("memory", "memory.l
 
 
 def compute_in_callers_thread() -> None:
-    """Computations on a CPU allocate in the thread that asks for them, the main one; to be called before the first of them."""
+    """Computations on a CPU run and allocate in the thread that asks for them, if their inputs are there by then (`ready`).
+
+    To be called before the first of them, in the main thread.
+    """
     if _is_ours():
         jax.config.update("jax_cpu_enable_async_dispatch", False)
+
+
+def ready(inputs: Inputs) -> Inputs:
+    """The same arrays; on a CPU, when they are there. What is computed from arrays still to come runs in another thread."""
+    return jax.block_until_ready(inputs) if jax.default_backend() == "cpu" else inputs
 
 
 @functools.cache

@@ -198,7 +198,7 @@ def evaluate(step_fn: Callable, variables: PyTree, source: Any, plan: Plan, plac
         for i, batch in enumerate(batches):
             if max_batches and i >= max_batches:
                 break
-            sums, memory = step_fn({**variables, **memory}, placement.put(batch))
+            sums, memory = step_fn(*allocator.ready(({**variables, **memory}, placement.put(batch))))
             if pending is not None:
                 window.add(jax.device_get(pending))
             pending = sums
@@ -278,7 +278,8 @@ class Loop:
             profiler.at(step - 1)
             with self.clock.waiting():
                 batch = next(batches)
-            state, sums = self.train_step(state, self.placement.put(batch), *self.limit(step))
+            state, batch = allocator.ready((state, self.placement.put(batch)))
+            state, sums = self.train_step(state, batch, *self.limit(step))
             self.clock.dispatched += 1
             self.collect()
             self.pending = (step, sums)

@@ -21,7 +21,7 @@ def step(x):
 
 def steps(x, count):
     for _ in range(count):
-        x = step(x)
+        x = step(allocator.ready(x))
     return x.block_until_ready()
 
 x = steps(jax.numpy.zeros(2**24), 1)
