@@ -236,8 +236,7 @@ def _stretches(mask: Mask, L: int, S: int, q_tile: int, kv_tile: int) -> Int[nda
 class TileSizes:
     """What `cheapest` chooses from, and by what it judges.
 
-    Fitted to times of some thirty tilings of eleven patterns, forward and backward, on a CPU of two cores with 1 MiB of
-    second-level cache each (jaxlib 0.10.2).
+    Fitted by `python -m benchmarks.attention_tiles`, on a CPU of two cores with 1 MiB of second-level cache each (jaxlib 0.10.2).
 
     q_tiles, kv_blocks: sizes to try, beside L and S themselves where these are smaller.
     keys, scores: the most keys of a head, and scores of all heads and batch rows, in a tile; heads are put together up to them.
