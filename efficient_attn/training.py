@@ -209,8 +209,8 @@ def evaluate(step_fn: Callable, variables: PyTree, source: Any, plan: Plan, plac
 class Loop:
     """Runs the steps, and does what is due between them.
 
-    The sums of step t are fetched while step t + 1 runs, so that the device never waits for the host; before anything is
-    evaluated, saved or ended the loop catches up.
+    The sums of step t are fetched while step t + 1 runs, so that the device never waits for the host (on a CPU, which is both,
+    one comes after the other); before anything is evaluated, saved or ended the loop catches up.
     """
 
     def __init__(self, plan: Plan, placement: Placement, checkpoints, metrics, displays: list[Display], progress: Progress, stop):
