@@ -61,12 +61,16 @@ BOUNDS: Mapping[str, tuple[float, float, bool]] = {
     **dict.fromkeys(("batch_size", "accumulate", "log_every", "replicas"), (1, _INFINITY, True)),
     **dict.fromkeys(("window", "dilation", "block_size", "num_blocks", "stride", "query_block", "rank"), (1, _INFINITY, True)),
     **dict.fromkeys(("query_height", "query_width", "max_length", "conv_width", "trained_length"), (1, _INFINITY, True)),
-    **dict.fromkeys(("columns", "expand", "num_experts"), (1, _INFINITY, True)),
+    **dict.fromkeys(("columns", "expand", "num_experts", "groups", "dt_rank", "dim"), (1, _INFINITY, True)),
     **dict.fromkeys(("num_landmarks", "pinv_iterations", "projected_length", "packed_length"), (1, _INFINITY, True)),
     **dict.fromkeys(("chunk_size", "rounds", "num_clusters", "cluster_size", "iterations", "neighbours"), (1, _INFINITY, True)),
     **dict.fromkeys(("memory_length", "eval_memory_length", "compressed_length"), (1, _INFINITY, True)),
     **dict.fromkeys(("eval_compressed_length", "compression_rate", "num_basis", "num_samples"), (1, _INFINITY, True)),
-    **dict.fromkeys(("ridge_penalty", "contraction", "prior_width"), (0, _INFINITY, False)),
+    **dict.fromkeys(("ridge_penalty", "prior_width", "basis_widths", "scale_base", "gamma", "rate"), (0, _INFINITY, False)),
+    **dict.fromkeys(("A_min", "A_max", "beta_fast", "beta_slow", "short_factor", "long_factor"), (0, _INFINITY, False)),
+    **dict.fromkeys(("dt_floor", "norm_eps", "seed"), (0, _INFINITY, True)),
+    "contraction": (0, 1, False),
+    "base": (1, _INFINITY, False),
     **dict.fromkeys(("auxiliary_weight", "kl_weight"), (0, _INFINITY, True)),
     **dict.fromkeys(("num_features", "redraw_every", "conv_kernel", "feed_forward_chunk"), (0, _INFINITY, True)),
     **dict.fromkeys(("memory", "memory_height", "memory_width"), (0, _INFINITY, True)),
@@ -81,7 +85,10 @@ BOUNDS: Mapping[str, tuple[float, float, bool]] = {
 
 
 def check_bounds(name: str, value: Any, field: str) -> None:
-    """Raise `ConfigError` for a number outside the bounds of all arguments of its name."""
+    """Raise `ConfigError` for a number, or one of several, outside the bounds of all arguments of its name."""
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        for item in value:
+            check_bounds(name, item, field)
     if name not in BOUNDS or isinstance(value, bool | str) or not isinstance(value, int | float):
         return
     low, high, inclusive = BOUNDS[name]

@@ -31,3 +31,14 @@ def test_injected_arguments_cannot_be_configured():
     assert "num_heads" in known and not {"dtype", "parent", "name", "function"} & known.keys()
     assert known["num_kv_heads"].default is None and is_optional(known["num_kv_heads"].type) is int
     assert is_optional(int) is None
+
+
+def test_every_number_of_several_is_checked():
+    def layer(basis_widths=(0.1,), dilation=1):
+        return basis_widths, dilation
+
+    check_arguments(layer, {"basis_widths": (0.1, 0.2), "dilation": (1, 2)}, "x")
+    with pytest.raises(ConfigError, match=r"x\.basis_widths=0\.0 must be more than 0"):
+        check_arguments(layer, {"basis_widths": (0.1, 0.0)}, "x")
+    with pytest.raises(ConfigError, match=r"x\.dilation=0 must be at least 1"):
+        check_arguments(layer, {"dilation": [2, 0]}, "x")

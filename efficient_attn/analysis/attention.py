@@ -8,6 +8,7 @@ import numpy as np
 
 from efficient_attn.analysis.base import AnalysisError, Run, Table
 from efficient_attn.mixers import Attention
+from efficient_attn.mixers.attention import to_read_weights
 from efficient_attn.mixers.context import Context
 
 WINDOWS = 8
@@ -49,10 +50,10 @@ def attention_weights(run: Run, tokens: np.ndarray) -> dict[str, np.ndarray]:
 
     def record(call, args, kwargs, context):
         if isinstance(context.module, Attention) and context.method_name == "_attend":
-            methods, places, q, k, v = args
-            one_hot = jnp.broadcast_to(jnp.eye(k.shape[1], dtype=v.dtype)[None, :, None], (*v.shape[:3], k.shape[1]))
+            methods, places, q, k, _ = args
+            of_scores, identity = to_read_weights(methods, k)
             path = "/".join(context.module.path)
-            found.setdefault(path, call(methods, places, q, k, one_hot, **kwargs))
+            found.setdefault(path, call(of_scores, places, q, k, identity, **kwargs))
         return call(*args, **kwargs)
 
     with nn.intercept_methods(record):

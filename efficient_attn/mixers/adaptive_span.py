@@ -70,7 +70,7 @@ clipped.defvjp(lambda x: (clipped(x), x), _clipped_backward)
 class AdaptiveSpan(Bounded):
     """Attention whose heads see z + R positions on either side (before, if causal), z learned in 0 ... S.
 
-    max_span: S; nothing farther is computed, and decoding keeps no more.
+    max_span: S; nothing farther is computed, and decoding keeps no more. 8,192 in the paper's large models.
     ramp: R, 32 in the paper.
     init_span: z before training, for every head. With `dynamic`, what z is before training on average.
     dynamic: z_t = S sigmoid(v . x_t + b) of each token, for each head (section 2.3), instead of one z a head.

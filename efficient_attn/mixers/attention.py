@@ -1,7 +1,7 @@
 """Multi-head attention around any function of queries, keys and values."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -23,6 +23,13 @@ AttentionFunction = Callable[..., Float[Array, "B L H Dv"]]
 def softmax(q, k, v, **options):
     """Exact softmax attention (Vaswani et al. 2017, eq. 1); options are those of `kernels.attention.attend`."""
     return attend(q, k, v, **options)
+
+
+def to_read_weights(methods: Sequence, k: Float[Array, "B S G D"]) -> tuple[list, Float[Array, "B S G S"]]:
+    """Position methods and values, the identity matrix, with which attention returns what it weighs values by: [B, L, H, S]."""
+    methods = [method.of_scores() if hasattr(method, "of_scores") else method for method in methods]
+    identity = jnp.eye(k.shape[1], dtype=k.dtype)[None, :, None]
+    return methods, jnp.broadcast_to(identity, (*k.shape[:3], k.shape[1]))
 
 
 class Attention(nn.Module):

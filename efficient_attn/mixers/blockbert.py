@@ -11,7 +11,8 @@ class BlockBERT(Attention):
     """Each head sees one block of keys from each block of queries (section 3.1): block i sees block pi(i).
 
     The permutations pi are the cyclic shifts, of which 0, the identity, makes a head local. The last block is shorter where
-    the blocks do not divide the sequence; a sequence of fewer positions than blocks has fewer blocks.
+    the blocks do not divide the sequence. Their size is rounded up, which leaves fewer blocks to short sequences (9 positions
+    make three blocks of 3, not four), and shifts then count modulo these.
 
     num_blocks: n, 2 or 3 in the paper.
     heads_per_shift: heads that use shift 0, 1, ..., n - 1; they sum to `num_heads` (in the paper, of 12 heads, (10, 2) for
@@ -33,9 +34,10 @@ class BlockBERT(Attention):
         """The shift of each head."""
         if not self.heads_per_shift:
             return sorted(head % self.num_blocks for head in range(self.num_heads))
-        if len(self.heads_per_shift) > self.num_blocks or sum(self.heads_per_shift) != self.num_heads:
+        is_short = len(self.heads_per_shift) <= self.num_blocks
+        if not is_short or min(self.heads_per_shift) < 0 or sum(self.heads_per_shift) != self.num_heads:
             raise ConfigError(
                 f"blockbert: heads_per_shift={tuple(self.heads_per_shift)} must have at most num_blocks={self.num_blocks} "
-                f"entries, which sum to num_heads={self.num_heads}"
+                f"entries, none negative, which sum to num_heads={self.num_heads}"
             )
         return [shift for shift, heads in enumerate(self.heads_per_shift) for _ in range(heads)]

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from efficient_attn.arguments import lookup
+from efficient_attn.mixers.attention import to_read_weights
 from efficient_attn.mixers.context import MEMORY, Context
 from efficient_attn.mixers.transformer_xl import Ids, States, TransformerXL
 from kernels.attention import attend
@@ -50,9 +51,9 @@ class CompressiveTransformer(TransformerXL):
     def _attend(self, methods: list, places, q, k, v, **options):
         """Attention; where the most used states are kept, also counts how much each of the memory is attended."""
         if self.has_variable(MEMORY, "usage") and self.is_mutable_collection(MEMORY):
-            one_hot = jnp.broadcast_to(jnp.eye(k.shape[1], dtype=v.dtype)[None, :, None], (*v.shape[:3], k.shape[1]))
             plain = {key: value for key, value in options.items() if key != "dropout"}
-            weights = super()._attend(methods, places, q, k, one_hot, **plain).mean(axis=(1, 2))
+            of_scores, identity = to_read_weights(methods, k)
+            weights = super()._attend(of_scores, places, q, k, identity, **plain).mean(axis=(1, 2))
             usage = self.get_variable(MEMORY, "usage")
             seen = jax.lax.stop_gradient(weights[:, -q.shape[1] - usage.shape[1] : -q.shape[1]])
             self.put_variable(MEMORY, "usage", usage + seen.astype(jnp.float32))

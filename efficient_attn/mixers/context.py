@@ -31,7 +31,6 @@ class Context:
     mask: bool [B, L], True where a token is real; None means everywhere. A mixer lets nothing flow out of masked positions.
     segment_ids: int [B, L], packed documents; nothing flows between different ids. None means one document a row.
     positions: int [B, L], of each token in its own document; None means 0..L-1.
-    memory: what a mechanism attends besides its input (encoder states, cached segments).
     bias: a position method that all layers share (`config.model.bias`); None means none.
     shared: parameters that several layers use, by name: what their mixers' `shared_parameters` ask the model for; None means
         none.
@@ -44,7 +43,6 @@ class Context:
     mask: Any = None
     segment_ids: Any = None
     positions: Any = None
-    memory: Any = None
     bias: Any = None
     shared: Any = None
     paging: Any = None

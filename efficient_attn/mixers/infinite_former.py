@@ -33,7 +33,8 @@ class InfiniteFormer(TransformerXL):
     last segment has looked, by quantiles of its mean density (the paper draws from its histogram). The fit is in float32. A
     document starts with an empty signal.
 
-    num_basis: N. basis_widths: standard deviations, each of an equal part of the functions, whose centres are evenly spread.
+    num_basis: N; 150 in the paper's language models.
+    basis_widths: standard deviations, each of an equal part of the functions, whose centres are evenly spread.
     ridge_penalty: lambda of the fit. contraction: tau. num_samples: places at which the old signal is sampled.
     kl_weight, prior_width: weight of the divergence of a query's width from the prior's (section 3.2), sown into `losses`.
     """
@@ -49,7 +50,7 @@ class InfiniteFormer(TransformerXL):
 
     def basis(self) -> tuple[Float[Array, "N"], Float[Array, "N"]]:
         """Centres and variances."""
-        each, rest = divmod(self.num_basis, len(self.basis_widths))
+        each, rest = divmod(self.num_basis, len(self.basis_widths) or self.num_basis + 1)
         if rest or not each:
             raise ValueError(
                 f"model.mixer.num_basis={self.num_basis} must be a multiple of {len(self.basis_widths)} basis_widths"

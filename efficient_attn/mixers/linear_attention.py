@@ -34,7 +34,7 @@ def kernel_attention(
     reset: Bool[Array, "B L"] | None = None,
     forgetting: Float[Array, "B L H"] | None = None,
     h0: Float[Array, "B H P1 M"] | None = None,
-    floor: float = 0.0,
+    floor: float | Float[Array, "B L H"] = 0.0,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B L H P"], Float[Array, "B H P1 M"] | None]:
     """out_i = sum_j (phi(q_i) . phi(k_j)) v_j / sum_j phi(q_i) . phi(k_j) (Katharopoulos et al. 2020, eqs. 5 and 9).
@@ -47,7 +47,8 @@ def kernel_attention(
     forgetting: f_t >= 0, causal only: with g_t = exp(-f_t), sums S_t = g_t S_{t-1} + (1 - g_t) phi(k_t) v_t^T take the place of
         S_t = S_{t-1} + phi(k_t) v_t^T. Masked positions forget nothing.
     h0: the sums before the first key (causal only).
-    floor: least denominator; smaller ones count as this. 0, for kernels that are positive, has none.
+    floor: least denominator, of all or of each query and head; smaller ones count as this. 0, for kernels that are positive, has
+        none.
     implementation: of `kernels.scan.ssd`. None where nothing is causal and no document starts needs no scan: two products.
 
     Returns the output, in v's type, and the sums after the last key (None where not causal).
@@ -71,7 +72,8 @@ def kernel_attention(
         itself = jnp.sum(phi_q * phi_k, axis=-1, keepdims=True) * values
         sums = run()[0] + run(reverse=True)[0] - itself
     numerator, denominator = sums[..., :-1], sums[..., -1:]
-    return (numerator / jnp.where(denominator > floor, denominator, floor or 1.0)).astype(v.dtype), last
+    denominator = jnp.maximum(denominator, floor[..., None] if isinstance(floor, jax.Array) else floor)
+    return (numerator / jnp.where(denominator > 0, denominator, 1.0)).astype(v.dtype), last
 
 
 def _written_per_step(f: Float[Array, "B L H"]) -> Float[Array, "B L H"]:
@@ -121,10 +123,16 @@ class LinearAttention(nn.Module):
         """What `kernel_attention` calls so; None forgets nothing."""
         return None
 
+    def least(self, forgetting: Float[Array, "B L H"] | None, ctx: Context) -> float | Float[Array, "B L H"]:
+        """What `kernel_attention` calls `floor`."""
+        return self.floor
+
     def attention(self, q, k, v, x, ctx: Context) -> Float[Array, "B L H P"]:
         """`kernel_attention` of a whole row or, decoding, from the cached sums on by one chunk; x is the layer's input."""
         phi_q, phi_k = self.feature_maps(q, k, ctx)
-        options = dict(causal=self.causal, forgetting=self.forgetting(x), floor=self.floor, implementation=self.implementation)
+        forgetting = self.forgetting(x)
+        floor = self.least(forgetting, ctx)
+        options = dict(causal=self.causal, forgetting=forgetting, floor=floor, implementation=self.implementation)
         if not ctx.decode:
             reset = segment_starts(ctx.segment_ids)
             return kernel_attention(phi_q, phi_k, v, mask=ctx.mask, reset=reset, **options)[0]

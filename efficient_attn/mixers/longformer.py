@@ -73,7 +73,13 @@ class Longformer(Bounded):
 
     def _dilations(self) -> Sequence[int]:
         """That of each head."""
-        return [self.dilation] * self.num_heads if isinstance(self.dilation, int) else self.dilation
+        if isinstance(self.dilation, int):
+            return [self.dilation] * self.num_heads
+        if len(self.dilation) != self.num_heads:
+            raise ConfigError(
+                f"longformer: dilation={tuple(self.dilation)} needs an entry for each of num_heads={self.num_heads}"
+            )
+        return self.dilation
 
     def _projected(self, x, ctx: Context, suffix: str) -> QKV:
         heads, kv_heads, head_dim = self._sizes(x.shape[-1])

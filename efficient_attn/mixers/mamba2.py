@@ -120,7 +120,7 @@ class Mamba2(nn.Module):
         with_BC = inner + 2 * self.groups * self.state_dim
         projected = self._dense(inner + with_BC + heads, "in_proj")(x)
         z, xBC, dt = jnp.split(projected, [inner, inner + with_BC], axis=-1)
-        xBC = without_padding(xBC, ctx.mask)
+        xBC, dt = (without_padding(part, ctx.mask) for part in (xBC, dt))
         y = self._direction("forward", reverse=False)(xBC, dt, ctx)
         if not self.causal:
             y = y + self._direction("backward", reverse=True)(xBC, dt, ctx)
@@ -132,6 +132,8 @@ class Mamba2(nn.Module):
         if inner % self.head_dim:
             raise ValueError(f"expand * width = {inner} is not divisible by head_dim={self.head_dim}")
         heads = inner // self.head_dim
+        if self.A_min > self.A_max:
+            raise ValueError(f"A_min={self.A_min} must be at most A_max={self.A_max}")
         if heads % self.groups:
             raise ValueError(f"{heads} heads (expand * width / head_dim) must be a multiple of groups={self.groups}")
         return inner, heads

@@ -9,6 +9,8 @@ from efficient_attn.arguments import ConfigError
 from efficient_attn.mixers.context import Context
 from efficient_attn.mixers.linear_attention import LinearAttention
 from efficient_attn.mixers.performer import random_features
+from efficient_attn.mixers.ssm.inputs import segment_starts
+from kernels.scan import linear_scan
 
 
 def fourier_features(x: Float[Array, "B L H D"], W: Float[Array, "H M D"]) -> Float[Array, "B L H M2"]:
@@ -62,10 +64,21 @@ class RFA(LinearAttention):
 class GatedRFA(RFA):
     """RFA whose sums forget: S_t = g_t S_{t-1} + (1 - g_t) phi(k_t) v_t^T with g_t = sigmoid(w_g . x_t + b_g) (eq. 7).
 
-    One gate for each head, of the layer's input. Causal only: g_t says what to forget of the past.
+    One gate for each head, of the layer's input. Causal only: g_t says what to forget of the past. The sums weigh all that they
+    hold by 1 - prod g together, so the least sum of weights is `floor` times that. It is cached beside the sums.
     """
 
     def forgetting(self, x: Float[Array, "B L E"]) -> Float[Array, "B L H"]:
         if not self.causal:
             raise ConfigError("rfa_gate: its gate forgets the past; set causal=True, or use rfa")
         return jax.nn.softplus(-nn.Dense(self.num_heads, name="gate", dtype=jnp.float32)(x))
+
+    def least(self, forgetting, ctx: Context) -> Float[Array, "B L H"]:
+        f = forgetting if ctx.mask is None else jnp.where(ctx.mask[..., None], forgetting, 0)
+        is_filled = self.has_variable("cache", "mass")
+        mass = self.variable("cache", "mass", jnp.zeros, f[:, 0].shape, jnp.float32) if ctx.decode else None
+        h0 = None if mass is None else mass.value
+        masses, last = linear_scan(jnp.exp(-f), -jnp.expm1(-f), h0=h0, reset=segment_starts(ctx.segment_ids))
+        if is_filled:
+            mass.value = last
+        return self.floor * masses

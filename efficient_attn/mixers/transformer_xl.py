@@ -111,7 +111,8 @@ class ErnieDoc(TransformerXL):
     """Enhanced recurrence (Ding et al. 2021, arXiv 2012.15688, section 3.3): a layer's memory is its own block's last outputs.
 
     [SG(h^n of the segment before), h^{n-1}] instead of h^{n-1} of both, so that what a position sees is not bounded by the depth:
-    each segment passes everything on to the next.
+    each segment passes everything on to the next. This is the paper's recurrence alone: the two passes over a document (skim and
+    retrospective) and the segment-reordering objective are not here.
     """
 
     remembers_output = True

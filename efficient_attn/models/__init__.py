@@ -86,6 +86,8 @@ TABLES = {
 
 def _check_reversible(module: nn.Module) -> None:
     """Raise `ConfigError` for what a reversible stack does not go with."""
+    if getattr(module, "has_memory", False):
+        raise ConfigError("model.residual='reversible' goes with no mixer that carries a memory from segment to segment")
     needs = {
         "feed_forward_width": (bool(module.feed_forward_width), "more than 0: the streams take mixer and network in turn"),
         "prenorm": (module.prenorm, "True: a norm of the sum cannot be inverted"),

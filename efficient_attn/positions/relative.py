@@ -26,6 +26,10 @@ class ShawTerms:
     keys: Any
     values: Any
 
+    def of_scores(self) -> "ShawTerms":
+        """Itself without a^V: what the weights are, whatever the values."""
+        return self.replace(values=jnp.zeros_like(self.values[:, :1]))
+
     def attend(
         self, function, places: Places, q, k, v, *, mask: masks.Mask = EVERY_PAIR, return_lse: bool = False,
         scale: float | None = None, bias=None, softcap=None, **options,

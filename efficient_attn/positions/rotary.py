@@ -78,7 +78,8 @@ class XPos(Rotary):
     """RoPE with decay: q times zeta^(n/B), k times zeta^(-n/B) (LeX / xPos; Sun et al. 2022, arXiv 2212.10554, section 2.2).
 
     A pair's score gains the factor zeta_i^((n - m) / B), zeta_i = (2i/D + gamma) / (1 + gamma). Positions n are counted from the
-    middle of the keys, which changes nothing but keeps the powers within range. Causal attention only.
+    middle of the keys' positions, which changes nothing but keeps the powers within range: up to e^80 either way, where they
+    stay (with the defaults that is 32,000 positions from the middle). Causal attention only.
     """
 
     scale_base: float = 512.0
@@ -89,7 +90,8 @@ class XPos(Rotary):
     def attend(self, function, places: Places, q, k, v, **options):
         if not places.causal:
             raise ValueError("rotation 'xpos' decays with distance in causal attention only; set causal=True")
-        q_gain, kv_gain = (self._gain(x - k.shape[1] // 2, q) for x in (places.q, places.kv))
+        middle = (places.kv.min(axis=1, keepdims=True) + places.kv.max(axis=1, keepdims=True)) // 2
+        q_gain, kv_gain = (self._gain(x - middle, q) for x in (places.q, places.kv))
         q, k = self.rotate(q, places.q, places.q_length, q_gain), self.rotate(k, places.kv, places.kv_length, 1 / kv_gain)
         return function(q, k, v, **options)
 
@@ -97,7 +99,8 @@ class XPos(Rotary):
         """zeta^(n/B), in the type that x is rotated in."""
         zeta = (np.arange(0, x.shape[-1], 2) / x.shape[-1] + self.gamma) / (1 + self.gamma)
         dtype = jnp.promote_types(x.dtype, jnp.float32)
-        return jnp.exp(positions[..., None].astype(dtype) / self.scale_base * jnp.asarray(np.log(zeta), dtype)[None, None])
+        powers = positions[..., None].astype(dtype) / self.scale_base * jnp.asarray(np.log(zeta), dtype)[None, None]
+        return jnp.exp(jnp.clip(powers, -80, 80))
 
 
 def _turn(x, cos: Float[Array, "_ L half"], sin: Float[Array, "_ L half"], interleaved: bool) -> Float[Array, "B L H D"]:

@@ -82,6 +82,7 @@ class NTKByParts(Scaled):
     truncate: bool = True
 
     def frequencies(self, head_dim, length):
+        require(self, "beta_slow", self.beta_slow <= self.beta_fast, f"at most beta_fast={self.beta_fast}")
         theta = super().frequencies(head_dim, length)
         low, high = self._pair_of(self.beta_fast, head_dim), self._pair_of(self.beta_slow, head_dim)
         if self.truncate:
@@ -144,6 +145,7 @@ class LongRoPE(Scaled):
         return jnp.where((length > self.trained_length)[..., None], long[None, None], short[None, None])
 
     def magnitude(self, length):
+        require(self, "trained_length", self.trained_length > 1, "more than 1")
         return math.sqrt(1 + math.log(self.factor) / math.log(self.trained_length))
 
 

@@ -154,6 +154,16 @@ def test_padding_never_leaks(name):
         np.testing.assert_allclose(y[1, :12], short[1], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", MIXERS)
+def test_nothing_flows_out_of_gaps(name):
+    for causal in {MIXERS[name].causal, not MIXERS[name].bidirectional}:
+        _, apply, variables, x = make(name, causal)
+        mask = jnp.ones((2, L), bool).at[1, 3:7].set(False)
+        other = x.at[1, 3:7].set(50.0)
+        y, z = (apply(variables, v, Context(mask=mask)) for v in (x, other))
+        np.testing.assert_allclose(jnp.where(mask[..., None], y, 0), jnp.where(mask[..., None], z, 0), rtol=0, atol=1e-6)
+
+
 FORMS = [(name, causal) for causal, names in ((True, CAUSAL), (False, BIDIRECTIONAL)) for name in names]
 
 

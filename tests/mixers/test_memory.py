@@ -262,6 +262,24 @@ def test_compressions_by_hand(compression):
     np.testing.assert_array_equal(new[MEMORY]["states"], x)
 
 
+def test_usage_is_of_weights_also_where_a_bias_changes_values():
+    """With a^K = 0 Shaw's weights are those of plain attention, whatever a^V is."""
+    config = dict(name="compressive_transformer", causal=True, num_heads=2, memory_length=4, compressed_length=2,
+                  compression_rate=2, compression="most_used", auxiliary="none")  # fmt: skip
+    x = jax.random.normal(jax.random.key(0), (3, 4, 6))
+    used = {}
+    for bias in ("none", "shaw"):
+        module = build(config | dict(bias=dict(name=bias)))
+        params = module.init(jax.random.key(1), x, Context())["params"]
+        if bias == "shaw":
+            params = params | {"position_bias": {**params["position_bias"], "keys": jnp.zeros((33, 3))}}
+        memory = {}
+        for _ in range(2):
+            _, memory = module.apply({"params": params, **memory}, x, Context(), mutable=[MEMORY])
+        used[bias] = memory[MEMORY]["usage"]
+    np.testing.assert_allclose(used["shaw"], used["none"], atol=1e-5)
+
+
 @pytest.mark.parametrize("auxiliary", ["attention_reconstruction", "auto_encoding"])
 def test_auxiliary_loss_teaches_the_compression_alone(auxiliary):
     _, batches = segments(count=3)

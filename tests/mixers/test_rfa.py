@@ -125,6 +125,18 @@ def test_small_sums_of_weights_count_as_the_floor():
     np.testing.assert_allclose(out, -0.2 / 0.5, rtol=1e-6)
 
 
+def test_a_gate_that_is_nearly_open_keeps_averaging():
+    """The layer's sums hold 1e-4 of what is written, and divide by as little: its output is a mean of values all the same."""
+    module = build(dict(name="rfa_gate", causal=True, num_heads=1, head_dim=8, num_features=64, use_bias=False))
+    x = jnp.ones((1, 20, 8)) + 0.1 * jax.random.normal(jax.random.key(0), (1, 20, 8))
+    variables = jax.jit(module.init)(jax.random.key(1), x, Context())
+    params = variables["params"] | {"gate": {"kernel": jnp.zeros((8, 1)), "bias": jnp.full(1, 9.0)}}
+    out = jax.jit(module.apply)({**variables, "params": params}, x, Context())
+    values = jnp.einsum("ble,ehd,hdf->blf", x, params["value"]["kernel"], params["out"]["kernel"])
+    means = jnp.cumsum(values, axis=1) / jnp.arange(1, 21)[None, :, None]
+    np.testing.assert_allclose(out, means, atol=0.1 * float(jnp.abs(means).max()))
+
+
 def test_many_features_approach_attention_by_distances_of_unit_vectors():
     """exp(-|sigma (q - k)|^2 / 2), sigma another number for each head and channel."""
     module = build(dict(name="rfa", num_heads=2, num_features=4096))
@@ -160,7 +172,7 @@ def test_training_redraws_at_every_pass_and_evaluation_does_not():
 
 def test_state_does_not_grow_with_the_length_and_errors_name_what_does_not_fit():
     mixer = dict(name="rfa_gate", causal=True, num_heads=2, num_features=3)
-    assert state_size(mixer, 10, 8) == state_size(mixer, 10_000, 8) == 4 * 2 * 5 * 6
+    assert state_size(mixer, 10, 8) == state_size(mixer, 10_000, 8) == 4 * 2 * (5 * 6 + 1)
     with pytest.raises(ConfigError, match="'rfa_gate' has no bidirectional form"):
         build(dict(name="rfa_gate"))
     with pytest.raises(ConfigError, match="num_features=0; at least 1"):

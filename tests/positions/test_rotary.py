@@ -176,6 +176,17 @@ def test_xpos_decays_by_the_distance():
             scores(rotary.XPos(), Places.in_order(11, 11, causal=False), q, k)
 
 
+def test_xpos_stays_finite_at_any_positions():
+    q, k, _ = inputs(16)
+    q, k = q.astype(jnp.float32), k.astype(jnp.float32)
+    order = Places.in_order(16, 16, causal=True)
+    due = scores(rotary.XPos(), order, q, k)
+    far = order.replace(q=order.q + 100_000, kv=order.kv + 100_000)
+    np.testing.assert_allclose(scores(rotary.XPos(), far, q, k), due, atol=2e-2)  # angles in float32
+    apart = order.replace(q=order.q * 10_000, kv=order.kv * 10_000)
+    assert np.all(np.isfinite(np.tril(scores(rotary.XPos(), apart, q, k))))  # of earlier keys
+
+
 DISTANCES = {
     "rerope": (truncation.ReRoPE(window=4), lambda i, j, d: 4),
     "leaky": (truncation.LeakyReRoPE(window=4, factor=3.0), lambda i, j, d: 4 + (d - 4) / 3),
