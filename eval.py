@@ -23,6 +23,10 @@ def main() -> None:
         analyse(folder)
         return
     from efficient_attn import evaluation
+    from efficient_attn.arguments import ConfigError
+
+    if SPLIT.present or TOKENS.present:
+        raise ConfigError("--split and --tokens go with --analysis; the score is of the test split, whole")
 
     print(json.dumps(evaluation.score_once(folder), indent=1))
 

@@ -100,10 +100,25 @@ def explain(error: Exception) -> str:
     if isinstance(error, AttributeError | KeyError) and wrong and not of_file:
         near = re.search(r'Did you mean "(\w+)"', text)
         return f"the configuration has no field {wrong}" + (f" (did you mean {near[1]!r}?)" if near else _fields_beside(wrong))
+    if isinstance(error, TypeError) and "tuple indices" in text and not of_file:
+        return _of_a_tuple(overrides)
     if isinstance(error, flags.Error):
         return text.splitlines()[0]
     where = (error.filename, error.lineno) if isinstance(error, SyntaxError) else (frames[-1].filename, frames[-1].lineno)
     return f"{type(error).__name__} at {where[0]} line {where[1]}: {text.splitlines()[0] if text else ''}"
+
+
+def _of_a_tuple(overrides: Sequence[str]) -> str:
+    """What to write for the first override of a field of a tuple."""
+    path, _, recipe = next(_config_values(sys.argv)).partition(":")
+    config = load_module(pathlib.Path(path)).get_config(*filter(None, [recipe]))
+    for override in overrides:
+        node, where = config, "--config"
+        for part in override.split(".")[1:]:
+            if isinstance(node, tuple | list):
+                return f"{where} is a sequence of {len(node)}: set a field of one, as {where}[0].{part}=VALUE, or write a recipe"
+            node, where = node.get(part, {}), f"{where}.{part}"
+    return f"an override of {', '.join(overrides)} names a field of a sequence: write FIELD[0].NAME=VALUE"
 
 
 def _fields_beside(override: str) -> str:

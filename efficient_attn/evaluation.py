@@ -1,6 +1,7 @@
 """The test score of a run: the checkpoint that was best on validation, scored once."""
 
 import functools
+import os
 import pathlib
 from typing import Any
 
@@ -10,24 +11,32 @@ from absl import logging
 from efficient_attn import replicas, sharding, workdir
 from efficient_attn.checkpoints import Checkpoints
 from efficient_attn.plan import Plan, make_plan
+from efficient_attn.reporting import runs
 from efficient_attn.steps import TrainState, eval_step
 from efficient_attn.training import evaluate
 
 
 def score_once(folder: pathlib.Path) -> dict[str, Any]:
-    """Score the best checkpoint in `folder` on the test split and store it in eval.json; stored scores are returned as they are.
+    """Score the best checkpoint in `folder` on the test split and store it in eval.json; its stored score is returned as it is.
 
-    The result names the step, its validation metrics and the checkpoint rule. Raises `WorkdirError` where `folder` holds no
-    run, or none that was ever evaluated.
+    Where the run has trained on since, and its best is now another step, that is scored, and the old score goes to
+    eval.previous.json. The result names the step, its validation metrics and the checkpoint rule. Raises `WorkdirError` where
+    `folder` holds no run, or none that was ever evaluated.
     """
     run, plan = open_run(folder)
     if run["data"] != plan.task.name:
         raise workdir.WorkdirError(f"the run's data were {run['data']} and are now {plan.task.name}; restore them to score it")
     stored = folder / "eval.json"
+    found = runs.read(folder)
+    if found.state is runs.State.UNFINISHED:
+        logging.warning("the run %s; its best is the best so far", found.why)
     if stored.exists():
         result = workdir.read_json(stored)
-        _warn_if_stale(result, plan, folder)
-        return result
+        best = _best_step(plan, folder)
+        if best is None or best == result["step"]:
+            return result
+        logging.warning("the score of step %d is stored, but the best is now step %d, which is scored", result["step"], best)
+        os.replace(stored, folder / "eval.previous.json")
     result = {"data": plan.task.name, "split": "test", **score_best(plan, folder)}
     workdir.write_json(stored, result)
     return result
@@ -46,15 +55,11 @@ def open_checkpoints(plan: Plan, folder: pathlib.Path) -> Checkpoints:
     return Checkpoints(folder / "checkpoints", metric=metric, mode=plan.task.metric_mode, read_only=True)
 
 
-def _warn_if_stale(result: dict[str, Any], plan: Plan, folder: pathlib.Path) -> None:
+def _best_step(plan: Plan, folder: pathlib.Path) -> int | None:
     checkpoints = open_checkpoints(plan, folder)
     best = checkpoints.best_step()
     checkpoints.close()
-    if best is not None and best != result["step"]:
-        logging.warning(
-            "this is the stored score of step %d, but the best is now step %d: remove %s to score again",
-            result["step"], best, folder / "eval.json",
-        )  # fmt: skip
+    return best
 
 
 def restore_best(checkpoints: Checkpoints, plan: Plan, folder: pathlib.Path) -> tuple[int, TrainState]:

@@ -126,8 +126,10 @@ def make_plan(config: Config) -> Plan:
         return in_steps(duration, batch_size=train.batch_size, num_examples=task.sizes["train"], field=field)
 
     total, warmup = steps(train.duration, "train.duration"), steps(optimizer.warmup, "optimizer.warmup")
-    if total < 1:
-        raise ConfigError(f"train.duration={train.duration!r} is less than one step")
+    eval_every, checkpoint_every = (steps(getattr(train, name), f"train.{name}") for name in ("eval_every", "checkpoint_every"))
+    for name, count in {"duration": total, "eval_every": eval_every, "checkpoint_every": checkpoint_every}.items():
+        if count < 1:
+            raise ConfigError(f"train.{name}={getattr(train, name)!r} is less than one step")
     params = _abstract_params(model, task)
     tx = optim.build(optimizer, params, warmup=warmup, total=total)
     plan = Plan(
@@ -139,8 +141,8 @@ def make_plan(config: Config) -> Plan:
         tx=tx,
         total=total,
         warmup=warmup,
-        eval_every=max(1, steps(train.eval_every, "train.eval_every")),
-        checkpoint_every=max(1, steps(train.checkpoint_every, "train.checkpoint_every")),
+        eval_every=eval_every,
+        checkpoint_every=checkpoint_every,
         params=params,
         mesh=mesh,
         state=None,
@@ -266,6 +268,7 @@ def _summary(plan: Plan) -> list[str]:
         f"devices     {mesh} of {jax.device_count()} x {jax.devices()[0].device_kind} here; "
         f"{train.batch_size} examples a step in {train.accumulate} micro-batch(es)",
         f"each        {', '.join(f'{name} {mib:.1f} MiB' for name, mib in mib_per_device(plan).items())}",
-        f"run         {plan.total:,} steps = {epochs:.3g} epochs; warm-up {plan.warmup:,}; evaluates every {plan.eval_every:,}, "
-        f"saves every {plan.checkpoint_every:,}",
+        f"run         {plan.total:,} steps = {epochs:.3g} epochs; warm-up {plan.warmup:,}"
+        f"{', longer than the run: the learning rate never gets where it should' if plan.warmup > plan.total else ''}; "
+        f"evaluates every {plan.eval_every:,}, saves every {plan.checkpoint_every:,}",
     ]

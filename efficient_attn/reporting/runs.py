@@ -124,6 +124,11 @@ def _judge(run: Run, task: type[tasks.Task], expected: Config | None) -> tuple[S
         return State.DAMAGED, f"eval.json scores the data {run.score.get('data')}, the run's are {run.info.get('data')}"
     if step not in {row["step"] for row in run.rows}:
         return State.DAMAGED, f"eval.json scores step {step}, of which metrics.jsonl knows nothing"
+    if better := _better_step(run, task):
+        return (
+            State.NOT_SCORED,
+            f"eval.json scores step {step}, and step {better} is better; run: python eval.py --workdir={run.folder}",
+        )
     scores = by_seed(run.score, f"test_{task.metric}")
     if wrong := _not_scores(scores, run.config["train"].get("replicas", 1), task.metric):
         return State.DAMAGED, f"eval.json: {wrong}"
@@ -172,6 +177,18 @@ def is_over(run: Run, task: type[tasks.Task]) -> bool:
         if (values := by_seed(row, f"valid_{task.metric}")) and all(map(is_finite, values)):
             progress.note_evaluation(row["step"], values, task.metric_mode)
     return bool(progress.why_finished(task, train))
+
+
+def _better_step(run: Run, task: type[tasks.Task]) -> int | None:
+    """A step after the one that is scored and better than all up to it: the run was trained on since. None where there is none."""
+    sign = 1 if task.metric_mode == "max" else -1
+    reached, found = -math.inf, None
+    for row in run.rows:
+        if (values := by_seed(row, f"valid_{task.metric}")) and all(map(is_finite, values)):
+            value = sign * sum(values) / len(values)
+            if value > reached:
+                reached, found = value, row["step"]
+    return found if found is not None and found > run.score["step"] else None
 
 
 def _rows(path: pathlib.Path) -> list[Mapping[str, Any]]:

@@ -10,6 +10,8 @@ import signal
 from collections.abc import Iterable
 from typing import Any
 
+from efficient_attn.reporting import runs
+
 LOG = "log.txt"
 """In a run's folder: what its commands print."""
 
@@ -136,8 +138,11 @@ def is_scored(folder: pathlib.Path) -> bool:
 
 
 def is_finished(job: Job) -> bool:
-    """Whether exactly `job`'s commands, run by hand or in a sweep whose record has gone, have made what is in its folder."""
-    if len(job.commands) > 2 or not is_scored(job.folder):
+    """Whether exactly `job`'s commands, run by hand or in a sweep whose record has gone, have made what is in its folder.
+
+    A score of a run that has steps to go is none of theirs.
+    """
+    if len(job.commands) > 2 or not is_scored(job.folder) or runs.read(job.folder).state is runs.State.UNFINISHED:
         return False
     argv = _read(job.folder / "run.json").get("argv", [])
     return _flags(argv) == _flags(job.commands[0])

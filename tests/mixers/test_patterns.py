@@ -288,7 +288,7 @@ def test_errors_name_the_argument():
         init(name="longformer", global_tokens=1, causal=True)
     with pytest.raises(ConfigError, match=r"global_tokens=0 .* and to decode"):
         build(dict(name="longformer", global_tokens=1)).init(jax.random.key(0), x, Context(decode=True))
-    with pytest.raises(ValueError, match=r"PerHead holds 2 masks.* 4 heads"):
+    with pytest.raises(ConfigError, match=r"dilation=\(1, 2\) needs an entry for each of num_heads=4"):
         init(name="longformer", dilation=(1, 2))
     for name in ("bigbird", "blockbert", "etc"):
         with pytest.raises(ConfigError, match=f"'{name}' has no causal form"):

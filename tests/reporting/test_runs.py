@@ -68,6 +68,7 @@ DAMAGE = {
     "run.json torn": (tear, State.DAMAGED, "run.json is not JSON"),
     "run.json of something else": (lambda f: (f / "run.json").write_text("[]"), State.DAMAGED, "is not a run's"),
     "not scored": (lambda folder: (folder / "eval.json").unlink(), State.NOT_SCORED, "eval.py --workdir="),
+    "trained on since": (lambda f: edit(f / "eval.json", step=50), State.NOT_SCORED, "step 100 is better; run: python eval.py"),
     "score torn": (lambda f: (f / "eval.json").write_text("{"), State.DAMAGED, "eval.json is not JSON"),
     "score of another step": (lambda f: edit(f / "eval.json", step=95), State.DAMAGED, "step 95"),
     "score of other data": (lambda f: edit(f / "eval.json", data="x"), State.DAMAGED, "the data x"),

@@ -15,8 +15,9 @@ import pytest
 from efficient_attn import workdir
 from efficient_attn.preemption import Preempted
 from efficient_attn.sweeps import command, slots
-from efficient_attn.sweeps.jobs import State
+from efficient_attn.sweeps.jobs import Job, State, is_finished
 from efficient_attn.sweeps.local import Local
+from tests.reporting.fake_runs import write_run, write_table
 from tests.sweeps.quick_jobs import quick_job
 
 
@@ -83,6 +84,17 @@ def test_runs_made_by_hand_are_not_made_again(tmp_path):
     for words in job.commands:
         subprocess.run(words, check=True)
     assert sweep(tmp_path, [job]) and not job.log.exists()
+
+
+def test_a_score_of_a_run_with_steps_to_go_is_not_its_job_done(tmp_path):
+    cell = write_table(tmp_path).cells["cpu"][0]
+    folder = write_run(cell, tmp_path)
+    job = Job("a", "a", folder, tuple(map(tuple, cell.commands(tmp_path))))
+    assert is_finished(job)
+    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_text("".join(lines[:-1]))
+    (folder / "eval.json").touch()
+    assert not is_finished(job)
 
 
 def test_a_score_that_has_gone_is_taken_again(tmp_path):

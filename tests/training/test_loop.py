@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -168,7 +169,7 @@ def test_non_finite_loss_stops_the_run_and_is_never_saved(tmp_path):
         assert row.get("train_loss") is not None
 
 
-def test_evaluation_scores_the_best_checkpoint_once(uninterrupted):
+def test_evaluation_scores_the_best_checkpoint_once(uninterrupted, tmp_path):
     def evaluate(workdir, expect=0):
         return subprocess.run(
             [sys.executable, "eval.py", f"--workdir={workdir}"], cwd=ROOT, env=environment(), capture_output=True, text=True
@@ -181,6 +182,15 @@ def test_evaluation_scores_the_best_checkpoint_once(uninterrupted):
     time.sleep(0.01)
     assert json.loads(evaluate(uninterrupted).stdout) == first
     assert (uninterrupted / "eval.json").stat().st_mtime_ns == stamp
+    changed = tmp_path / "run"
+    shutil.copytree(uninterrupted, changed)
+    (changed / "eval.json").write_text(json.dumps(first | {"step": first["step"] + 1, "test_accuracy": 0.0}))
+    again = evaluate(changed)
+    assert json.loads(again.stdout)["test_accuracy"] == first["test_accuracy"] and "the best is now step" in again.stderr
+    assert json.loads((changed / "eval.previous.json").read_text())["test_accuracy"] == 0.0
+    lines = (changed / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (changed / "metrics.jsonl").write_text("".join(lines[:-1]))
+    assert "best so far" in evaluate(changed).stderr
     missing = evaluate(uninterrupted / "nothing")
     assert missing.returncode == 2 and "holds no run" in missing.stderr
 
