@@ -180,7 +180,7 @@ def is_over(run: Run, task: type[tasks.Task]) -> bool:
 
 
 def _better_step(run: Run, task: type[tasks.Task]) -> int | None:
-    """A step after the one that is scored and better than all up to it: the run was trained on since. None where there is none."""
+    """A step after the scored one that is better than all before it: the run was trained on since. None: there is none."""
     sign = 1 if task.metric_mode == "max" else -1
     reached, found = -math.inf, None
     for row in run.rows:
