@@ -165,7 +165,21 @@ def _figures(compiled) -> dict[str, int]:
         "shared_bytes": compiled.metadata.shared,
         "tensor_core": len(re.findall(r"\bH(?:G)?MMA\b", assembly)),
         "wgmma": len(re.findall(r"\bHGMMA\b", assembly)),
+        "loop": longest_loop(assembly),
     }
+
+
+def longest_loop(assembly: str) -> dict[str, int]:
+    """Instructions in the body of a kernel's longest loop, loops inside it once, by what issues them; from `cuobjdump --dump-sass`.
+
+    exponentials: of the special-function unit, which takes a warp's in 8 cycles: powers, logarithms, reciprocals.
+    """
+    lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?(\w+)([^;\n]*);", assembly)
+    found = [(int(address, 16), name, rest) for address, name, rest in lines]
+    jumps = [(int(to[1], 16), at) for at, name, rest in found if name == "BRA" and (to := re.search(r"0x([0-9a-f]+)", rest))]
+    start, end = max((jump for jump in jumps if jump[0] < jump[1]), key=lambda jump: jump[1] - jump[0], default=(0, -1))
+    names = [name for at, name, _ in found if start <= at <= end]
+    return {"instructions": len(names), "exponentials": names.count("MUFU"), "shuffles": names.count("SHFL")}
 
 
 @functools.cache
