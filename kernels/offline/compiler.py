@@ -170,9 +170,9 @@ def _figures(compiled) -> dict[str, int]:
 
 
 def longest_loop(assembly: str) -> dict[str, int]:
-    """Instructions in the body of a kernel's longest loop, loops inside it once, by what issues them; from `cuobjdump --dump-sass`.
+    """Instructions in the body of a kernel's longest loop, loops inside it once, from what `cuobjdump --dump-sass` prints.
 
-    exponentials: of the special-function unit, which takes a warp's in 8 cycles: powers, logarithms, reciprocals.
+    exponentials: those of the special-function unit, which takes a warp's in 8 cycles: powers, logarithms, reciprocals.
     """
     lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?(\w+)([^;\n]*);", assembly)
     found = [(int(address, 16), name, rest) for address, name, rest in lines]

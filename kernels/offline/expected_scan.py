@@ -79,7 +79,7 @@ def main() -> None:
         low, high = found["of_bandwidth"]
         print(
             f"{found['name']:8} {found['states']:3} states {found['dtype']:8} memory {found['memory_ms']:.2f} ms, "
-            f"issue {found['issue_ms']:.2f} ms ({found['instructions_per_state_and_step']:.0f} instructions for a state and step, "
+            f"issue {found['issue_ms']:.2f} ms ({found['instructions_per_state_and_step']:.0f} instructions a state and step, "
             f"{found['shuffles_per_state_and_step']:.0f} of them shuffles), special {found['special_ms']:.2f} ms: "
             f"{low:.2f} to {high:.2f} of the bandwidth; asked: {found['asked']}"
         )

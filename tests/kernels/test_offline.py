@@ -15,7 +15,7 @@ from kernels.attention.portable.tiling import BLOCKS, FLOAT32_BLOCKS
 from kernels.offline import __main__ as command
 from kernels.offline import attention as offline
 from kernels.offline import scan as offline_scan
-from kernels.offline.compiler import requested_bytes, triton_calls
+from kernels.offline.compiler import longest_loop, requested_bytes, triton_calls
 
 
 @pytest.mark.parametrize("name", offline.PASSES)
@@ -172,3 +172,22 @@ def test_rows_of_other_kernels_stay_if_they_are_of_the_same_commit(tmp_path):
 def test_every_kernel_is_known_by_the_name_in_its_row(op):
     kernel = next(iter(command.OPS[op].kernels()))
     assert command._name(command.OPS[op].report(kernel, compiled=False)) == kernel.name
+
+
+SASS = """
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+        /*0010*/                   MUFU.EX2 R2, R3 ;
+        /*0020*/                   FADD R2, R2, R4 ;
+        /*0030*/              @!P0 SHFL.BFLY PT, R5, R2, 0x1, 0x1f ;
+        /*0040*/               @P1 BRA 0x20 ;
+        /*0050*/                   FMUL R2, R2, R5 ;
+        /*0060*/             @!UP0 BRA 0x10 ;
+        /*0070*/                   EXIT ;
+        /*0080*/                   BRA 0x80 ;
+"""
+
+
+def test_the_longest_loop_is_counted():
+    """The outer one, with the inner one's instructions; the jump to itself at the end is padding."""
+    assert longest_loop(SASS) == {"instructions": 6, "exponentials": 1, "shuffles": 1}
+    assert longest_loop("") == {"instructions": 0, "exponentials": 0, "shuffles": 0}
