@@ -100,25 +100,32 @@ def explain(error: Exception) -> str:
     if isinstance(error, AttributeError | KeyError) and wrong and not of_file:
         near = re.search(r'Did you mean "(\w+)"', text)
         return f"the configuration has no field {wrong}" + (f" (did you mean {near[1]!r}?)" if near else _fields_beside(wrong))
-    if isinstance(error, TypeError) and "tuple indices" in text and not of_file:
-        return _of_a_tuple(overrides)
+    if isinstance(error, TypeError | LookupError | ValueError) and not of_file and (told := _of_a_sequence(overrides)):
+        return told
     if isinstance(error, flags.Error):
         return text.splitlines()[0]
     where = (error.filename, error.lineno) if isinstance(error, SyntaxError) else (frames[-1].filename, frames[-1].lineno)
     return f"{type(error).__name__} at {where[0]} line {where[1]}: {text.splitlines()[0] if text else ''}"
 
 
-def _of_a_tuple(overrides: Sequence[str]) -> str:
-    """What to write for the first override of a field of a tuple."""
+def _of_a_sequence(overrides: Sequence[str]) -> str | None:
+    """What to write in place of the first override that is wrong of a sequence or one of its fields; None where there is none."""
     path, _, recipe = next(_config_values(sys.argv)).partition(":")
     config = load_module(pathlib.Path(path)).get_config(*filter(None, [recipe]))
     for override in overrides:
         node, where = config, "--config"
-        for part in override.split(".")[1:]:
+        for part in re.sub(r"\[", ".[", override).split(".")[1:]:
             if isinstance(node, tuple | list):
-                return f"{where} is a sequence of {len(node)}: set a field of one, as {where}[0].{part}=VALUE, or write a recipe"
-            node, where = node.get(part, {}), f"{where}.{part}"
-    return f"an override of {', '.join(overrides)} names a field of a sequence: write FIELD[0].NAME=VALUE"
+                index = re.fullmatch(r"\[(\d+)\]", part)
+                if not index or int(index[1]) >= len(node):
+                    example = f"{where}[0].NAME=VALUE ... {where}[{len(node) - 1}].NAME=VALUE"
+                    return f"{override}: {where} is a sequence of {len(node)}; set fields of one by {example}, or write a recipe"
+                node, where = node[int(index[1])], where + part
+            elif where.endswith("]") and part not in node:
+                return f"the configuration has no field {override}{suggest(part, node)}; {where} has: {', '.join(node)}"
+            else:
+                node, where = node.get(part) if hasattr(node, "get") else None, f"{where}.{part}"
+    return None
 
 
 def _fields_beside(override: str) -> str:

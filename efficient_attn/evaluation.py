@@ -19,25 +19,28 @@ from efficient_attn.training import evaluate
 def score_once(folder: pathlib.Path) -> dict[str, Any]:
     """Score the best checkpoint in `folder` on the test split and store it in eval.json; its stored score is returned as it is.
 
-    Where the run has trained on since, and its best is now another step, that is scored, and the old score goes to
-    eval.previous.json. The result names the step, its validation metrics and the checkpoint rule. Raises `WorkdirError` where
-    `folder` holds no run, or none that was ever evaluated.
+    Where the run has trained on since to a better step, that is scored, and the old score goes to eval.previous.json. The result
+    names the step, its validation metrics and the checkpoint rule. Raises `WorkdirError` where `folder` holds no run, or none
+    that was ever evaluated.
     """
     run, plan = open_run(folder)
     if run["data"] != plan.task.name:
         raise workdir.WorkdirError(f"the run's data were {run['data']} and are now {plan.task.name}; restore them to score it")
-    stored = folder / "eval.json"
-    found = runs.read(folder)
-    if found.state is runs.State.UNFINISHED:
-        logging.warning("the run %s; its best is the best so far", found.why)
+    stored, found = folder / "eval.json", runs.read(folder)
+    if found.state in (runs.State.UNFINISHED, runs.State.RUNNING):
+        logging.warning("the run is %s (%s): its best is the best so far", found.state, found.why)
     if stored.exists():
-        result = workdir.read_json(stored)
-        best = _best_step(plan, folder)
-        if best is None or best == result["step"]:
-            return result
-        logging.warning("the score of step %d is stored, but the best is now step %d, which is scored", result["step"], best)
+        old = workdir.read_json(stored)
+        better = runs.better_step(found, type(plan.task))
+        if better is None:
+            return old
+        if better != _best_step(plan, folder):
+            logging.warning("step %d was better than the stored score's %d, but has no whole checkpoint", better, old["step"])
+            return old
+        logging.warning("the score of step %d is stored, but the best is now step %d, which is scored", old["step"], better)
+    result = {"data": plan.task.name, "split": "test", **score_best(plan, folder), "evaluated_until": found.last_evaluation}
+    if stored.exists():
         os.replace(stored, folder / "eval.previous.json")
-    result = {"data": plan.task.name, "split": "test", **score_best(plan, folder)}
     workdir.write_json(stored, result)
     return result
 

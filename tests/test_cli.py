@@ -43,6 +43,16 @@ def test_a_process_whose_others_are_lost_does_not_wait_for_them(monkeypatch, cap
 @pytest.mark.parametrize(
     "override, line",
     [
+        (
+            "model.mixer.window=3",
+            "--config.model.mixer is a sequence of 4; set fields of one by --config.model.mixer[0].NAME=VALUE",
+        ),
+        ("model.mixer[4].window=3", "--config.model.mixer is a sequence of 4; set fields"),
+        ("model.mixer.0.window=3", "--config.model.mixer is a sequence of 4; set fields"),
+        (
+            "model.mixer[3].windo=3",
+            "no field --config.model.mixer[3].windo (did you mean 'window'?); --config.model.mixer[3] has: name",
+        ),
         ("model.norms=x", "no field --config.model.norms (did you mean 'norm'?)"),
         ("seeds.x=1", "no field --config.seeds.x (did you mean 'seed'?)"),
         ("optimizer.q=1", "no field --config.optimizer.q; config.optimizer has: algorithm, b1, b2, clip_norm"),
@@ -53,7 +63,8 @@ def test_a_process_whose_others_are_lost_does_not_wait_for_them(monkeypatch, cap
 def test_an_override_of_nothing_is_told_what_there_is(override, line, monkeypatch, capsys):
     monkeypatch.setattr(cli.flags, "FLAGS", flags.FlagValues())
     config_flags.DEFINE_config_file("config", None, "", flag_values=cli.flags.FLAGS)
-    argv = ["train.py", "--config=configs/quickstart.py", f"--config.{override}"]
+    config = "configs/lra_listops.py:bigbird" if "mixer" in override else "configs/quickstart.py"
+    argv = ["train.py", f"--config={config}", f"--config.{override}"]
     monkeypatch.setattr("sys.argv", argv)
     monkeypatch.chdir(ROOT)
     with pytest.raises(SystemExit):

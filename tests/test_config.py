@@ -48,6 +48,11 @@ def test_every_recipe_makes_a_plan(name, recipe, tmp_path):
     assert plan.total > 0 and f"{plan.total:,} steps" in text and plan.task.name in text
 
 
+def test_a_warm_up_longer_than_the_run_is_told():
+    for warmup, is_long in (("3 steps", False), ("4 steps", True)):
+        assert ("longer than the run" in describe(make_plan(small(optimizer=dict(warmup=warmup))))) == is_long
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_every_file_says_what_to_expect(name):
     doc = importlib.import_module(f"configs.{name}").__doc__
@@ -123,6 +128,8 @@ def test_missing_recipe_is_an_error():
         (dict(train=dict(batch_size=5, accumulate=2)), r"train.batch_size=5 must be a positive multiple of .* the next one is 6"),
         (dict(train=dict(duration="3")), r"train.duration='3' is no duration"),
         (dict(train=dict(duration="0 steps")), r"train.duration='0 steps' is less than one step"),
+        (dict(train=dict(eval_every="0 steps")), r"train.eval_every='0 steps' is less than one step"),
+        (dict(train=dict(checkpoint_every="0 epochs")), r"train.checkpoint_every='0 epochs' is less than one step"),
         (dict(optimizer=dict(schedule="cos")), r"optimizer.schedule='cos' is unknown \(did you mean 'cosine'\?\)"),
         (dict(optimizer=dict(rules=((".*/B", {}),))), r"optimizer.rules: no rule matches parameter"),
         (dict(model=dict(mixer=dict(name="softmax", num_heads=3))), r"width 8 is not divisible by num_heads=3"),

@@ -73,6 +73,11 @@ class Run:
         """The last step that a line of metrics tells of."""
         return self.rows[-1]["step"] if self.rows else 0
 
+    @property
+    def last_evaluation(self) -> int:
+        """The last step that was evaluated on validation."""
+        return max((row["step"] for row in self.rows if any(name.startswith("valid_") for name in row)), default=0)
+
     def curves(self, key: str) -> list[list[tuple[int, float]]]:
         """(step, value) of every line that has `key`, such as "valid_accuracy": a curve for each seed that the run trains."""
         found: dict[int, list[tuple[int, float]]] = {}
@@ -124,7 +129,7 @@ def _judge(run: Run, task: type[tasks.Task], expected: Config | None) -> tuple[S
         return State.DAMAGED, f"eval.json scores the data {run.score.get('data')}, the run's are {run.info.get('data')}"
     if step not in {row["step"] for row in run.rows}:
         return State.DAMAGED, f"eval.json scores step {step}, of which metrics.jsonl knows nothing"
-    if better := _better_step(run, task):
+    if better := better_step(run, task):
         return (
             State.NOT_SCORED,
             f"eval.json scores step {step}, and step {better} is better; run: python eval.py --workdir={run.folder}",
@@ -179,16 +184,12 @@ def is_over(run: Run, task: type[tasks.Task]) -> bool:
     return bool(progress.why_finished(task, train))
 
 
-def _better_step(run: Run, task: type[tasks.Task]) -> int | None:
-    """A step after the scored one that is better than all before it: the run was trained on since. None: there is none."""
-    sign = 1 if task.metric_mode == "max" else -1
-    reached, found = -math.inf, None
-    for row in run.rows:
-        if (values := by_seed(row, f"valid_{task.metric}")) and all(map(is_finite, values)):
-            value = sign * sum(values) / len(values)
-            if value > reached:
-                reached, found = value, row["step"]
-    return found if found is not None and found > run.score["step"] else None
+def better_step(run: Run, task: type[tasks.Task]) -> int | None:
+    """The best of the steps evaluated since the run was scored that are better than the scored one; None where there is none."""
+    key, sign = f"valid_{task.metric}", 1 if task.metric_mode == "max" else -1
+    values = {row["step"]: sign * row[key] for row in run.rows if is_finite(row.get(key))}
+    until, reached = run.score.get("evaluated_until") or run.score["step"], values.get(run.score["step"], -math.inf)
+    return max((step for step, value in values.items() if step > until and value > reached), key=values.get, default=None)
 
 
 def _rows(path: pathlib.Path) -> list[Mapping[str, Any]]:

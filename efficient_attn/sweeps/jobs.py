@@ -140,9 +140,11 @@ def is_scored(folder: pathlib.Path) -> bool:
 def is_finished(job: Job) -> bool:
     """Whether exactly `job`'s commands, run by hand or in a sweep whose record has gone, have made what is in its folder.
 
-    A score of a run that has steps to go is none of theirs.
+    A score of a run that has steps to go, or has trained on since, is none of theirs.
     """
-    if len(job.commands) > 2 or not is_scored(job.folder) or runs.read(job.folder).state is runs.State.UNFINISHED:
+    if len(job.commands) > 2 or not is_scored(job.folder):
+        return False
+    if runs.read(job.folder).state in (runs.State.UNFINISHED, runs.State.RUNNING, runs.State.NOT_SCORED):
         return False
     argv = _read(job.folder / "run.json").get("argv", [])
     return _flags(argv) == _flags(job.commands[0])

@@ -77,6 +77,7 @@ def test_state_does_not_grow_with_the_length():
     ("arguments", "message"),
     [
         (dict(head_dim=5), r"expand \* width = 16 is not divisible by head_dim=5"),
+        (dict(head_dim=4, A_min=2.0, A_max=1.0), "A_min=2.0 must be at most A_max=1.0"),
         (dict(head_dim=4, groups=3), r"4 heads .* must be a multiple of groups=3"),
     ],
 )

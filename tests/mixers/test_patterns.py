@@ -269,6 +269,8 @@ def test_errors_name_the_argument():
 
     with pytest.raises(ConfigError, match=r"heads_per_shift=\(1, 1\) must .* sum to num_heads=4"):
         init(name="blockbert", heads_per_shift=(1, 1))
+    with pytest.raises(ConfigError, match=r"heads_per_shift=\(5, -1\) must .* none negative"):
+        init(name="blockbert", heads_per_shift=(5, -1))
     with pytest.raises(ConfigError, match="integration='heads' needs num_heads of at least 2"):
         init(name="sparse_transformer", num_heads=1, integration="heads")
     with pytest.raises(ConfigError, match=r"kind='strid' is unknown \(did you mean 'strided'\?\); one of: fixed, strided"):

@@ -145,6 +145,8 @@ def test_what_it_does_not_go_with_is_an_error():
     }.values():
         with pytest.raises(ConfigError, match=rf"model.residual='reversible' needs model.*{message}"):
             build(depth=1, **config)
+    with pytest.raises(ConfigError, match="goes with no mixer that carries a memory"):
+        build(LM, depth=1, mixer=dict(name="transformer_xl", causal=True, num_heads=2, memory_length=4))
     with pytest.raises(ConfigError, match=r"model.residual='reversibel' is unknown.*standard"):
         build(depth=1, residual="reversibel")
     with pytest.raises(ConfigError, match="these layers also have batch_stats"):

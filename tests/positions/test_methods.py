@@ -132,6 +132,11 @@ def with_mixer(**arguments):
 BAD = [
     (with_mixer(rotation=dict(name="yarnn")), r"rotation.name='yarnn' is unknown \(did you mean 'yarn'\?\)"),
     (with_mixer(rotation=dict(name="yarn")), "model.mixer.rotation needs factor, trained_length"),
+    (
+        with_mixer(rotation=dict(name="yarn", factor=2.0, trained_length=8, beta_slow=40.0)),
+        r"beta_slow=40.0\): give at most beta_fast",
+    ),
+    (with_mixer(rotation=dict(name="xpos", gamma=0.0)), "gamma=0.0 must be more than 0"),
     (with_mixer(rotation=dict(name="linear", factor=0.1)), r"factor=0.1\): give a factor of"),
     (with_mixer(bias=dict(name="t6")), "bias.name='t6' is unknown; one of: alibi"),
     (with_mixer(bias=dict(name="t5", buckets=3)), "model.mixer.bias has no argument 'buckets'"),

@@ -86,7 +86,7 @@ def test_runs_made_by_hand_are_not_made_again(tmp_path):
     assert sweep(tmp_path, [job]) and not job.log.exists()
 
 
-def test_a_score_of_a_run_with_steps_to_go_is_not_its_job_done(tmp_path):
+def test_a_score_of_a_run_with_steps_to_go_is_not_its_job_done(tmp_path, monkeypatch):
     cell = write_table(tmp_path).cells["cpu"][0]
     folder = write_run(cell, tmp_path)
     job = Job("a", "a", folder, tuple(map(tuple, cell.commands(tmp_path))))
@@ -95,6 +95,17 @@ def test_a_score_of_a_run_with_steps_to_go_is_not_its_job_done(tmp_path):
     (folder / "metrics.jsonl").write_text("".join(lines[:-1]))
     (folder / "eval.json").touch()
     assert not is_finished(job)
+    with monkeypatch.context() as patch:
+        patch.setattr(workdir, "holder", lambda folder: 1)
+        assert not is_finished(job)
+    (folder / "metrics.jsonl").write_text("".join(lines))
+    score = json.loads((folder / "eval.json").read_text())
+    (folder / "eval.json").write_text(json.dumps(score | {"step": 50}))  # step 100 is better
+    assert not is_finished(job)
+    (folder / "eval.json").write_text(
+        json.dumps(score | {"step": 50, "evaluated_until": 100})
+    )  # but its checkpoint was not whole
+    assert is_finished(job)
 
 
 def test_a_score_that_has_gone_is_taken_again(tmp_path):

@@ -184,10 +184,16 @@ def test_evaluation_scores_the_best_checkpoint_once(uninterrupted, tmp_path):
     assert (uninterrupted / "eval.json").stat().st_mtime_ns == stamp
     changed = tmp_path / "run"
     shutil.copytree(uninterrupted, changed)
-    (changed / "eval.json").write_text(json.dumps(first | {"step": first["step"] + 1, "test_accuracy": 0.0}))
+    evaluated = [r["step"] for r in rows(uninterrupted) if "valid_accuracy" in r]
+    assert first["evaluated_until"] == evaluated[-1]
+    early = first | {"step": first["step"] - 1, "evaluated_until": first["step"] - 1, "test_accuracy": 0.0}
+    (changed / "eval.json").write_text(json.dumps(early))
     again = evaluate(changed)
     assert json.loads(again.stdout)["test_accuracy"] == first["test_accuracy"] and "the best is now step" in again.stderr
     assert json.loads((changed / "eval.previous.json").read_text())["test_accuracy"] == 0.0
+    (changed / "eval.json").write_text(json.dumps(early))
+    shutil.rmtree(changed / "checkpoints" / str(first["step"]))
+    assert json.loads((lost := evaluate(changed)).stdout) == early and "has no whole checkpoint" in lost.stderr
     lines = (changed / "metrics.jsonl").read_text().splitlines(keepends=True)
     (changed / "metrics.jsonl").write_text("".join(lines[:-1]))
     assert "best so far" in evaluate(changed).stderr
