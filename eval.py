@@ -1,8 +1,8 @@
 """Score a run's best checkpoint on the test split, once: python eval.py --workdir=runs/...
 
-The result is stored in the workdir's eval.json; a second call prints what is stored, unless the run has trained on to a better step.
-With --analysis=NAME, what a language model
-does with its context instead: the workdir's analysis/NAME.json, NAME.md and NAME.png.
+The result is stored in the workdir's eval.json; a second call prints what is stored, unless the run has trained on to a better
+step. With --analysis=NAME, what a language model does with its context instead: the workdir's analysis/NAME.json, NAME.md and
+NAME.png.
 """
 
 import json
