@@ -8,10 +8,9 @@ from typing import Any
 import jax
 from absl import logging
 
-from efficient_attn import replicas, sharding, workdir
+from efficient_attn import replicas, runs, sharding, workdir
 from efficient_attn.checkpoints import Checkpoints
 from efficient_attn.plan import Plan, make_plan
-from efficient_attn.reporting import runs
 from efficient_attn.steps import TrainState, eval_step
 from efficient_attn.training import evaluate
 

@@ -122,14 +122,7 @@ def make_plan(config: Config) -> Plan:
     if getattr(model, "has_memory", False):
         _check_memory(task, train)
 
-    def steps(duration: str, field: str) -> int:
-        return in_steps(duration, batch_size=train.batch_size, num_examples=task.sizes["train"], field=field)
-
-    total, warmup = steps(train.duration, "train.duration"), steps(optimizer.warmup, "optimizer.warmup")
-    eval_every, checkpoint_every = (steps(getattr(train, name), f"train.{name}") for name in ("eval_every", "checkpoint_every"))
-    for name, count in {"duration": total, "eval_every": eval_every, "checkpoint_every": checkpoint_every}.items():
-        if count < 1:
-            raise ConfigError(f"train.{name}={getattr(train, name)!r} is less than one step")
+    total, warmup, eval_every, checkpoint_every = _steps(task, train, optimizer)
     params = _abstract_params(model, task)
     tx = optim.build(optimizer, params, warmup=warmup, total=total)
     plan = Plan(
@@ -150,6 +143,19 @@ def make_plan(config: Config) -> Plan:
     )
     state = jax.eval_shape(plan.init_state)
     return dataclasses.replace(plan, state=state, specs=sharding.state_specs(layout, mesh, state, tx))
+
+
+def _steps(task: tasks.Task, train: TrainConfig, optimizer: optim.OptimizerConfig) -> tuple[int, int, int, int]:
+    """The steps of the run, of its warm-up, and between evaluations and checkpoints; none but the warm-up may have none."""
+
+    def steps(duration: str, field: str, least: int = 1) -> int:
+        count = in_steps(duration, batch_size=train.batch_size, num_examples=task.sizes["train"], field=field)
+        if count < least:
+            raise ConfigError(f"{field}={duration!r} is less than one step")
+        return count
+
+    total, warmup = steps(train.duration, "train.duration"), steps(optimizer.warmup, "optimizer.warmup", least=0)
+    return total, warmup, steps(train.eval_every, "train.eval_every"), steps(train.checkpoint_every, "train.checkpoint_every")
 
 
 SECTIONS: Mapping[str, type] = {

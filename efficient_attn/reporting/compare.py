@@ -9,12 +9,12 @@ from typing import Any
 
 from markupsafe import Markup
 
-from efficient_attn import workdir
+from efficient_attn import runs, workdir
 from efficient_attn.arguments import ConfigError
 from efficient_attn.config import differences
-from efficient_attn.reporting import costs, curves, markdown, page, plots, runs
+from efficient_attn.reporting import costs, curves, markdown, page, plots
 from efficient_attn.reporting.plots import Line
-from efficient_attn.reporting.runs import Run, State
+from efficient_attn.runs import Run, State
 
 MISSING = "–"
 

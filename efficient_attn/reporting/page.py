@@ -14,8 +14,8 @@ from markupsafe import Markup
 from efficient_attn.reporting import orderings, plots, text
 from efficient_attn.reporting.costs import Cost, Costs
 from efficient_attn.reporting.plots import Bubble, Line
-from efficient_attn.reporting.runs import Run, State
 from efficient_attn.reporting.summary import Figure, Section, Summary
+from efficient_attn.runs import Run, State
 
 TEMPLATES = pathlib.Path(__file__).parent / "templates"
 

@@ -14,7 +14,7 @@ from typing import Any
 from efficient_attn import tables, workdir
 from efficient_attn.arguments import suggest
 from efficient_attn.reporting import lengths, markdown, summary
-from efficient_attn.reporting.runs import State
+from efficient_attn.runs import State
 
 README = tables.ROOT / "README.md"
 RESULTS = tables.ROOT / "results/cpu"

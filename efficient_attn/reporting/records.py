@@ -9,8 +9,8 @@ from typing import Any
 
 from efficient_attn import workdir
 from efficient_attn.reporting import orderings, text
-from efficient_attn.reporting.runs import Run
 from efficient_attn.reporting.summary import Figure, Section, Summary
+from efficient_attn.runs import Run
 
 CSV_FIELDS = (
     "scale", "protocol", "row", "column", "shown", "mean", "sd", "seeds", "expected", "failed", "status", "choice", "unit",

@@ -14,11 +14,10 @@ import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from efficient_attn import workdir
+from efficient_attn import runs, workdir
 from efficient_attn.arguments import ConfigError, suggest
 from efficient_attn.config import normal_form
-from efficient_attn.reporting import runs
-from efficient_attn.reporting.runs import Run, State
+from efficient_attn.runs import Run, State
 from efficient_attn.tables import ROOT, Absent, Cell, Metric, Place, Protocol, Published, Table
 
 Member = tuple[Cell, Run]

@@ -7,7 +7,7 @@ from typing import Any
 from efficient_attn import tables, workdir
 from efficient_attn.arguments import ConfigError
 from efficient_attn.reporting import costs, latex, markdown, page, records, summary
-from efficient_attn.reporting.runs import State
+from efficient_attn.runs import State
 
 SPEEDS = tables.ROOT / "results/cpu/lra_speed.json"
 """Cost against length of every mixer; `python -m benchmarks.lra_speed --out=results/cpu/lra_speed.json` writes it."""

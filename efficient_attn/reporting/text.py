@@ -6,8 +6,8 @@ import shlex
 
 from efficient_attn.reporting import orderings
 from efficient_attn.reporting.orderings import Verdict
-from efficient_attn.reporting.runs import Run
 from efficient_attn.reporting.summary import FORMED, Figure, Section
+from efficient_attn.runs import Run
 from efficient_attn.tables import Cell, Metric, Published
 
 NOTHING = "–"

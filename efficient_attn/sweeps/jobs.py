@@ -10,7 +10,7 @@ import signal
 from collections.abc import Iterable
 from typing import Any
 
-from efficient_attn.reporting import runs
+from efficient_attn import runs
 
 LOG = "log.txt"
 """In a run's folder: what its commands print."""

@@ -163,6 +163,15 @@ def compare(rows: list[dict]) -> None:
             row["of_the_rate"] = [round(ours / theirs, 2) for ours, theirs in zip(row["tflops"], dense["tflops"])]
 
 
+def write(out: str | None, rows: list[dict], card: Card, compiled: dict, compiler: str) -> None:
+    """The model's rows and what they are made from, as JSON in `out`; None writes nothing."""
+    if out is None:
+        return
+    of = {name: compiled["environment"][name] for name in ("commit", "jax", compiler)}
+    facts = {"what": "a model of an H200, nothing measured", "compiled": of, "card": dataclasses.asdict(card), "rows": rows}
+    pathlib.Path(out).write_text(json.dumps(facts, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", help="where to write the model's figures as JSON")
@@ -177,10 +186,7 @@ def main() -> None:
         ratio = found.get("times_as_fast", found.get("of_the_rate", ""))
         what = f"{found['pass']:8} D={found['head_size']:<3} {found['mask']:7} N={found['length']:<5}"
         print(f"{what} model {low} to {high} TFLOP/s {ratio}; asked: {found['target']}")
-    if options.out:
-        of = {name: compiled["environment"][name] for name in ("commit", "jax", "ptxas-blackwell")}
-        facts = {"what": "a model of an H200, nothing measured", "compiled": of, "card": dataclasses.asdict(card), "rows": rows}
-        pathlib.Path(options.out).write_text(json.dumps(facts, indent=1) + "\n")
+    write(options.out, rows, card, compiled, "ptxas-blackwell")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import sys
 from typing import Any
 
 from kernels.offline import scan
-from kernels.offline.expected import Card
+from kernels.offline.expected import Card, write
 from kernels.scan import triton
 from kernels.scan.selective_blocks import Plan
 
@@ -83,10 +83,7 @@ def main() -> None:
             f"{found['shuffles_per_state_and_step']:.0f} of them shuffles), special {found['special_ms']:.2f} ms: "
             f"{low:.2f} to {high:.2f} of the bandwidth; asked: {found['asked']}"
         )
-    if options.out:
-        of = {name: compiled["environment"][name] for name in ("commit", "jax", "triton")}
-        facts = {"what": "a model of an H200, nothing measured", "compiled": of, "card": dataclasses.asdict(card), "rows": rows}
-        pathlib.Path(options.out).write_text(json.dumps(facts, indent=1) + "\n")
+    write(options.out, rows, card, compiled, "triton")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import pytest
 from efficient_attn import tables, workdir
 from efficient_attn.reporting import readme
 from tests.reporting.fake_runs import write_run
-from tests.reporting.test_runs import edit
+from tests.test_runs import edit
 
 
 def test_no_table_of_the_readme_is_stale():

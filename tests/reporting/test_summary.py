@@ -14,10 +14,10 @@ from efficient_attn import workdir
 from efficient_attn.arguments import ConfigError
 from efficient_attn.config import normal_form
 from efficient_attn.reporting import latex, markdown, orderings, page, records, summary, tables, text
-from efficient_attn.reporting.runs import State
+from efficient_attn.runs import State
 from efficient_attn.tables import ROOT, Cell, Metric
 from tests.reporting.fake_runs import TABLE, write_run, write_table
-from tests.reporting.test_runs import DAMAGE, edit
+from tests.test_runs import DAMAGE, edit
 
 SCORES = {("softmax", 0): 0.9, ("softmax", 1): 0.8, ("softmax", 2): 0.7}
 

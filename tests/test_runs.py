@@ -6,10 +6,9 @@ import sys
 
 import pytest
 
-from efficient_attn import workdir
-from efficient_attn.reporting import runs
-from efficient_attn.reporting.runs import State
+from efficient_attn import runs, workdir
 from efficient_attn.reporting.summary import expected_config
+from efficient_attn.runs import State
 from tests.reporting.fake_runs import write_run, write_table
 
 
